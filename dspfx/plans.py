@@ -1,0 +1,140 @@
+"""The frozen decisions that passes carry out: printable, comparable, JSON-able, free of tensors and of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Self
+
+from tabulate import tabulate
+
+from dspfx.config import GateConfig
+from dspfx.errors import StorageError
+
+
+class Plan:
+    """Mixin of the plan dataclasses: `plan == type(plan).from_json(plan.to_json())`."""
+
+    def to_json(self) -> str:
+        """The plan as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads `to_json`'s text; raises StorageError where it does not describe this kind of plan."""
+        try:
+            return _build(cls, json.loads(text))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise StorageError(f"This is not the JSON of a {cls.__name__}: {error}.") from error
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """JSON value -> the annotated type: dataclasses and tuples, recursively; unknown or missing fields are errors."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+        return kind(**{name: _build(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return tuple(_build(args[0], item) for item in value)
+    if origin is typing.Literal or kind is Any:
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _build(args[0], value)
+    if kind is float and isinstance(value, int):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"expected {kind.__name__}, found {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer without a gate, and why."""
+
+    name: str
+    kind: str
+    reason: str
+    macs: int
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """One gate: the convolution's qualified name, G, O, C, elements of its input activation at batch 1, and MACs."""
+
+    name: str
+    groups: int
+    out_channels: int
+    in_channels: int
+    input_elements: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class GatePlan(Plan):
+    """Which convolutions get a gate, with how many groups, and why the others get none."""
+
+    config: GateConfig
+    layers: tuple[GateSpec, ...]
+    skipped: tuple[Skipped, ...]
+
+    def __str__(self) -> str:
+        rows = [(s.name, s.groups, f"{s.out_channels} x {s.in_channels}", s.macs, "") for s in self.layers]
+        rows += [(s.name, "-", s.kind, s.macs, s.reason) for s in self.skipped]
+        return tabulate(rows, headers=["layer", "groups", "filters x channels", "MACs", "skipped because"])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Filters that share one set of input channels (indices into the layer's dense weight)."""
+
+    filters: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What is left of one gated convolution; filters in no group are dead, empty groups stay listed."""
+
+    name: str
+    out_channels: int
+    in_channels: int
+    groups: tuple[Group, ...]
+    macs: int
+    macs_left: int
+
+
+@dataclass(frozen=True)
+class PrunePlan(Plan):
+    """What every gated convolution keeps, and what that leaves of the whole network.
+
+    Attributes:
+        layers: one entry a gated convolution.
+        flops_left, params_left: remaining fraction of the MACs and weights of all convolutions and linear layers,
+            counted as kept (filter, input channel) pairs.
+        gated_flops_left: the same fraction over the gated convolutions only, the papers' count.
+        beta: the global share of energy below which group channels were dropped.
+    """
+
+    layers: tuple[PrunedLayer, ...]
+    flops_left: float
+    params_left: float
+    gated_flops_left: float
+    beta: float
+
+    def __str__(self) -> str:
+        rows = []
+        for layer in self.layers:
+            shape = "  ".join(f"{len(g.filters)}x{len(g.channels)}" for g in layer.groups if g.filters)
+            left = layer.macs_left / layer.macs if layer.macs else 1.0
+            rows.append((layer.name, f"{layer.out_channels}x{layer.in_channels}", shape or "(all dead)", f"{left:.1%}"))
+        table = tabulate(rows, headers=["layer", "dense", "groups: filters x channels", "FLOPs left"])
+        return (
+            f"{table}\nwhole network: {self.flops_left:.1%} of FLOPs and {self.params_left:.1%} of parameters left "
+            f"(gated convolutions only: {self.gated_flops_left:.1%} of FLOPs)"
+        )
