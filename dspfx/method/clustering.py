@@ -1,0 +1,99 @@
+"""Which filters belong together, read off the weights: balanced clustering by channel energies, without training."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from dspfx.errors import ConfigError, ModelError
+
+_ROUNDS = 20
+_RANDOM_STARTS = 2
+
+
+def cluster_filters(energy: Tensor, groups: int) -> Tensor:
+    """Groups of nearly equal size whose filters put their energy into the same input channels.
+
+    Alternates between picking each group's best half of the channels and reassigning the filters to the groups that
+    keep most of them, from a few fixed starts; the grouping that keeps most energy wins. Deterministic.
+
+    Args:
+        energy: [O, C], the squared norm of each kernel (`grouping.kernel_energy`).
+        groups: G; sizes differ by at most one filter.
+
+    Returns:
+        int64 [O], the group of each filter, in 0 .. G-1.
+
+    Raises:
+        ConfigError: groups is below 1.
+        ModelError: an energy is not finite.
+    """
+    if groups < 1:
+        raise ConfigError(f"cluster_filters got groups={groups}; give at least 1.")
+    if not torch.isfinite(energy).all():
+        bad = int((~torch.isfinite(energy)).any(dim=1).nonzero()[0])
+        raise ModelError(f"cluster_filters got a non-finite energy in filter {bad}; the weights hold NaN or infinity.")
+    energy = energy.detach().to(torch.promote_types(energy.dtype, torch.float32))
+    starts = _starts(energy, groups) if groups > 1 else [torch.zeros_like(energy[:, 0], dtype=torch.int64)]
+    kept, best = max(((_improve(energy, start, groups)) for start in starts), key=lambda result: result[0])
+    return best
+
+
+def kept_energy(energy: Tensor, group: Tensor, groups: int) -> float:
+    """The share of all energy [O, C] that is left when each group keeps its best half of the channels."""
+    total = float(energy.sum())
+    return float(_best_half(energy, group, groups)[0]) / total if total > 0 else 1.0
+
+
+def _best_half(energy: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """(energy kept, mask [G, C] of the better half of each group's channels)."""
+    member = torch.zeros(groups, len(energy), dtype=energy.dtype, device=energy.device).scatter_(0, group[None], 1.0)
+    values, channels = (member @ energy).topk((energy.shape[1] + 1) // 2, dim=1)
+    mask = torch.zeros(groups, energy.shape[1], dtype=energy.dtype, device=energy.device)
+    return values.sum(), mask.scatter_(1, channels, 1.0)
+
+
+def _improve(energy: Tensor, group: Tensor, groups: int) -> tuple[float, Tensor]:
+    """Alternates until the energy kept grows no more; (energy kept, grouping)."""
+    best, mask = _best_half(energy, group, groups)
+    for _ in range(_ROUNDS):
+        candidate = _reassign(energy @ mask.mT, group, groups)
+        kept, mask = _best_half(energy, candidate, groups)
+        if not kept > best * (1 + 1e-6):
+            break
+        best, group = kept, candidate
+    return float(best), group
+
+
+def _reassign(score: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Moves filters where `score [O, G]` is higher, group sizes kept: every pair of groups is split anew, exactly."""
+    group = group.clone()
+    for first, second in combinations(range(groups), 2):
+        members = ((group == first) | (group == second)).nonzero()[:, 0]
+        size = int((group == first).sum())
+        order = (score[members, first] - score[members, second]).argsort(descending=True, stable=True)
+        group[members[order[:size]]] = first
+        group[members[order[size:]]] = second
+    return group
+
+
+def _starts(energy: Tensor, groups: int) -> list[Tensor]:
+    """Balanced first groupings: around filters that overlap least, and a few fixed shuffles."""
+    filters = len(energy)
+    balanced = torch.arange(filters, device=energy.device) * groups // filters
+    generator = torch.Generator().manual_seed(0)
+    shuffles = [torch.randperm(filters, generator=generator).to(energy.device) for _ in range(_RANDOM_STARTS)]
+    direction = energy / energy.norm(dim=1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)
+    overlap = torch.zeros(filters, dtype=energy.dtype, device=energy.device)
+    seeds = []
+    chosen = int(energy.sum(dim=1).argmax())
+    for _ in range(min(groups, filters)):
+        seeds.append(chosen)
+        overlap = torch.maximum(overlap, direction @ direction[chosen])
+        overlap[chosen] = torch.inf
+        chosen = int(overlap.argmin())
+    score = direction @ direction[seeds].mT
+    score = torch.nn.functional.pad(score, (0, groups - len(seeds)))
+    return [_reassign(score, balanced, groups), *(balanced[shuffle.argsort()] for shuffle in shuffles)]
