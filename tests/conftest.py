@@ -1,0 +1,30 @@
+"""What holds for every test: one thread, a fixed seed, and markers that skip with a reason."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    # The zoo's networks are too small to gain from threads, and sums in one order are the same on every machine.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skips: dict[str, pytest.MarkDecorator] = {}
+    if not torch.cuda.is_available():
+        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    if importlib.util.find_spec("tensorrt") is None:
+        skips["tensorrt"] = pytest.mark.skip(reason="needs TensorRT")
+    for item in items:
+        for name, skip in skips.items():
+            if item.get_closest_marker(name) is not None:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
