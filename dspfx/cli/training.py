@@ -1,0 +1,277 @@
+"""A plain training loop that resumes after `kill -9` from its last epoch, bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from tqdm import tqdm
+
+from dspfx.cli.checkpoints import load_state, save_state
+from dspfx.cli.images import Batch, Split
+from dspfx.errors import ConfigError, ModelError
+
+AUXILIARY_WEIGHT = 0.3  # of the heads that googlenet and inception_v3 add in training
+
+
+class Learner(Protocol):
+    """What the loop needs of a `dspfx.GroupLearner`."""
+
+    def step(self, closure: Callable[[], Tensor]) -> object: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> object: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every stage trains."""
+
+    batch_size: int
+    weight_decay: float
+    label_smoothing: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ConfigError(f"--batch-size is {self.batch_size}; give at least 2, which batch norm needs.")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs of training: one cosine cycle from its learning rate to zero for each (epochs, lr) of `cycles`.
+
+    Attributes:
+        name: what it is called in the log and in the name of its checkpoint.
+        first_epoch: the number of its first epoch; epochs of one number see the same images in the same order.
+        keep: the weights it ends with: of the last epoch, or of the one that was best on the validation split.
+        exact: the learner wants a second pass after each step (it works by itself otherwise).
+    """
+
+    name: str
+    cycles: tuple[tuple[int, float], ...]
+    first_epoch: int = 0
+    keep: Literal["best", "last"] = "best"
+    exact: bool = False
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all cycles together."""
+        return sum(epochs for epochs, _ in self.cycles)
+
+    def lr(self, epoch: float) -> float:
+        """The learning rate at a fractional epoch of this stage."""
+        for epochs, top in self.cycles:
+            if epoch < epochs:
+                return 0.5 * top * (1 + math.cos(math.pi * epoch / epochs))
+            epoch -= epochs
+        return 0.0
+
+    def title(self, epoch: int) -> str:
+        """The stage and its epoch, counted from 1."""
+        return f"{self.name} {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
+
+
+@dataclass
+class Progress:
+    """Where a stage stands: its learning curve and the best weights so far."""
+
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best: tuple[float, float] = (-1.0, 0.0)  # validation accuracy, minus loss
+    best_model: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross entropy, share of right answers, number of images."""
+
+    loss: float
+    accuracy: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, accuracy {self.accuracy:.2%}"
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains networks on one pair of splits; a checkpoint `STAGE.pt` in `folder` follows every epoch."""
+
+    recipe: Recipe
+    train: Split
+    val: Split
+    folder: Path
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps an epoch."""
+        return max(1, len(self.train) // self.recipe.batch_size)
+
+    def optimizer(self, model: nn.Module) -> SGD:
+        """SGD with momentum 0.9; the stage sets the learning rate before each step."""
+        return SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=self.recipe.weight_decay)
+
+    def fit(self, model: nn.Module, optimizer: SGD, stage: Stage, learner: Learner | None = None) -> Progress:
+        """Trains `model` in place from the stage's last finished epoch on; raises ModelError when the loss diverges."""
+        path = self.folder / f"{stage.name}.pt"
+        progress = Progress()
+        state = load_state(path, next(model.parameters()).device)
+        if state is not None:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if learner is not None:
+                learner.load_state_dict(state["learner"])
+            progress = Progress(**state["progress"])
+            say(f"{stage.name}: {len(progress.curve)} of {stage.epochs} epochs found in {path}")
+        for epoch in range(len(progress.curve), stage.epochs):
+            self._epoch(model, optimizer, stage, epoch, learner, progress)
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "learner": learner.state_dict() if learner is not None else {},
+                "progress": vars(progress),
+            }
+            save_state(path, state)
+        if progress.best_model:
+            model.load_state_dict(progress.best_model)
+        return progress
+
+    def _epoch(
+        self, model: nn.Module, optimizer: SGD, stage: Stage, epoch: int, learner: Learner | None, progress: Progress
+    ) -> None:
+        """One epoch and its validation, appended to `progress`."""
+        started = time.perf_counter()
+        trained = self._train(model, optimizer, stage, epoch, learner)
+        if not math.isfinite(trained.loss):
+            raise ModelError(
+                f"The loss is {trained.loss} in {stage.title(epoch)} (learning rate {stage.lr(epoch):.4g}); give a "
+                "smaller --lr, --lr-tune or --strength."
+            )
+        scored = evaluate(model, self.val, self.recipe.batch_size)
+        seconds = time.perf_counter() - started
+        progress.curve.append(
+            {
+                "lr": stage.lr(epoch),
+                "train_loss": trained.loss,
+                "train_accuracy": trained.accuracy,
+                "val_loss": scored.loss,
+                "val_accuracy": scored.accuracy,
+                "seconds": seconds,
+            }
+        )
+        if stage.keep == "best" and (scored.accuracy, -scored.loss) > progress.best:
+            progress.best = (scored.accuracy, -scored.loss)
+            progress.best_model = {key: value.clone() for key, value in model.state_dict().items()}
+        say(
+            f"{stage.title(epoch)}  lr {stage.lr(epoch):.4f}  loss {trained.loss:.4f}  train {trained.accuracy:.2%}  "
+            f"val {scored.accuracy:.2%}  {seconds:.1f} s"
+        )
+
+    def _train(self, model: nn.Module, optimizer: SGD, stage: Stage, epoch: int, learner: Learner | None) -> Score:
+        seed = self.recipe.seed * 100_003 + stage.first_epoch + epoch
+        torch.manual_seed(seed)  # dropout and the like: an epoch is a function of the seed and its number alone
+        model.train()
+        tally = Tally()
+        batches = self.train.epoch(self.recipe.batch_size, seed)
+        for step, (images, labels) in enumerate(bar := progress_bar(batches, self.steps, stage.title(epoch))):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.lr(epoch + step / self.steps)
+            optimizer.zero_grad()
+            loss, logits = self._loss(model, images, labels)
+            loss.backward()
+            optimizer.step()
+            if learner is not None and stage.exact:
+                learner.step(lambda images=images, labels=labels: self._loss(model, images, labels)[0])  # type: ignore[misc]
+            tally.add(loss, logits, labels)
+            if step % 20 == 19 and not bar.disable:  # reading the loss waits for the device
+                bar.set_postfix_str(str(tally.score()))
+        return tally.score()
+
+    def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, auxiliary heads included, and the main logits."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda):
+            output = model(images)
+        logits, *others = output if isinstance(output, tuple) else (output,)
+        loss = self._cross_entropy(logits, labels)
+        for head in others:
+            if head is not None:
+                loss = loss + AUXILIARY_WEIGHT * self._cross_entropy(head, labels)
+        return loss, logits
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+
+
+class Tally:
+    """Sums of loss and right answers, kept on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.loss: Tensor | float = 0.0
+        self.right: Tensor | int = 0
+        self.images = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Counts a batch with its mean loss."""
+        self.loss = self.loss + loss.detach().double() * len(labels)
+        self.right = self.right + (logits.argmax(1) == labels).sum()
+        self.images += len(labels)
+
+    def score(self) -> Score:
+        """The means so far."""
+        return Score(float(self.loss) / self.images, int(self.right) / self.images, self.images)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, batch_size: int) -> Score:
+    """The score of `model` over a split in eval mode and full precision; leaves it in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    tally = Tally()
+    steps = -(-len(split) // batch_size)
+    for images, labels in progress_bar(split.in_order(batch_size), steps, "evaluating"):
+        logits = model(images)
+        tally.add(F.cross_entropy(logits, labels), logits, labels)
+    model.train(was_training)
+    return tally.score()
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, split: Split, batch_size: int, batches: int = 20) -> None:
+    """Afterwards the batch norms hold the statistics of the first images of `split`, everything else is as it was."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    before = [(norm.training, norm.momentum) for norm in norms]
+    was_training = model.training
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+        norm.train()
+    for images, _ in islice(split.in_order(batch_size), batches):
+        model(images)
+    model.train(was_training)
+    for norm, (training, momentum) in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.train(training)
+
+
+def progress_bar(batches: Iterator[Batch], steps: int, title: str) -> tqdm[Batch]:
+    """A bar on a terminal, nothing elsewhere: a log gets the one line an epoch that `say` prints."""
+    return tqdm(batches, total=steps, desc=title, leave=False, disable=not sys.stderr.isatty())
+
+
+def say(line: str) -> None:
+    """Prints a line at once, above any progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
