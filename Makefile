@@ -1,0 +1,43 @@
+# From a bare machine with python3 (3.11 or newer) and make: `make test` and `make demo` install what they need first.
+#   make test                   install, then check: style, types, tests
+#   make demo                   install, then compress a ResNet20 on scikit-learn's digits, about four minutes
+#   make format                 write the style that `make check` asks for
+#   make test VENV=/some/venv PYTHON=python3.12
+
+VENV ?= .venv
+PYTHON ?= python3
+PIP_FLAGS ?=
+DEMO_OUT ?= runs/demo
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.dspfx-installed
+
+.PHONY: test check demo bench format clean
+
+test: check
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+demo: $(STAMP)
+	$(BIN)/python -m dspfx compress --model resnet20 --data digits --budget flops=0.35 --out $(DEMO_OUT)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The stamp is written last: an interrupted or outdated installation is made again.
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dspfx needs Python 3.11 or newer; run make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[dev]"
+	touch $@
