@@ -28,7 +28,7 @@ def _sources(*folders: str) -> list[str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is packaged, so that the build leaves nothing in the working tree."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "LICENSE", "README.md", *TYPED, *_sources("passes"), *_sources("dspfx")):
+    for name in ("pyproject.toml", "LICENSE", "README.md", TYPED, *_sources("passes"), *_sources("dspfx")):
         if (ROOT / name).exists() and not name.startswith("dspfx/passes/"):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
