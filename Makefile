@@ -12,7 +12,7 @@ DEMO_OUT ?= runs/demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspfx-installed
 
-.PHONY: test check demo bench format clean
+.PHONY: test check demo format clean
 
 test: check
 
@@ -24,9 +24,6 @@ check: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m dspfx compress --model resnet20 --data digits --budget flops=0.35 --out $(DEMO_OUT)
-
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

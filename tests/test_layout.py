@@ -18,7 +18,7 @@ LAYERS = (
     {"method"},
     {"graph", "modules"},
     {"passes"},
-    {"learner", "storage"},
+    {"gates", "second_pass", "learner", "storage"},
     {"deploy"},
     {"pipeline"},
     {"integrations"},
