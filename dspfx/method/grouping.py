@@ -14,6 +14,7 @@ their way to the logits, and stay finite for one-hot and vanishing P.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -46,13 +47,14 @@ def layer_scale(
     groups: int, filters: int, kernel_height: int, relative_input: float, cost: Literal["flops", "params"]
 ) -> float:
     """The layer's weight sqrt(I) * k * (G / O)^1.5; `relative_input` is I, and cost="params" leaves sqrt(I) out."""
-    spread = kernel_height * (groups / filters) ** 1.5
-    return spread * relative_input**0.5 if cost == "flops" else spread
+    spread = kernel_height * float(groups / filters) ** 1.5
+    return spread * math.sqrt(relative_input) if cost == "flops" else spread
 
 
 def kernel_energy(weight: Tensor) -> Tensor:
     """w2 [O, C] of a weight [O, C, kh, kw] of any kernel size; half precision is summed in float32."""
-    return torch.linalg.vector_norm(weight, dim=(2, 3), dtype=compute_dtype(weight)).square_()
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=(2, 3), dtype=compute_dtype(weight))
+    return norm.square()
 
 
 def kernel_products(weight: Tensor, gradient: Tensor) -> Tensor:

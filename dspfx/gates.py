@@ -1,0 +1,182 @@
+"""The gates of a prepared network as the learner sees them: found, checked, and batched by shape."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dspfx.errors import MismatchError, ModelError
+from dspfx.method import grouping
+from dspfx.modules import GatedConv2d
+from dspfx.plans import GatePlan
+
+_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # Adam's usual ones; the paper names only the learning rate
+
+
+@dataclass
+class Gate:
+    """One gated convolution, its weight in the regulariser, and the Adam state of its logits."""
+
+    name: str
+    conv: GatedConv2d
+    scale: float
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class GateBatch:
+    """Gates of equal shape, kind and learning rate, whose formulas are evaluated together; B gates."""
+
+    gates: list[Gate]
+    lr: float
+    scale: Tensor  # [B, 1, 1]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights themselves, B times [O, C, kh, kw]."""
+        return [gate.conv.weight for gate in self.gates]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """What the training step left in `.grad`, B times [O, C, kh, kw]."""
+        return [weight.grad for weight in self.weights if weight.grad is not None]
+
+    def logits(self) -> Tensor:
+        """A copy of A, [B, G, O]."""
+        return torch.stack([gate.conv.gate_logits for gate in self.gates])
+
+    def energies(self) -> Tensor:
+        """w2 [B, O, C]."""
+        return torch.stack([grouping.kernel_energy(weight) for weight in self.weights])
+
+    def products(self, gradients: list[Tensor]) -> Tensor:
+        """<W, g> [B, O, C]."""
+        pairs = zip(self.weights, gradients, strict=True)
+        return torch.stack([grouping.kernel_products(weight, gradient) for weight, gradient in pairs])
+
+    def multiply(self, factor: Tensor) -> None:
+        """W[o, c] <- W[o, c] * factor[b, o, c] for each weight, in place; zeros stay zeros."""
+        for weight, kernels in zip(self.weights, factor[..., None, None], strict=True):
+            weight.mul_(kernels)
+
+    def step_logits(self, hypergradient: Tensor, lr: float) -> None:
+        """One Adam step on the logits, along [B, G, O]."""
+        logits = [gate.conv.gate_logits for gate in self.gates]
+        gradients = list(hypergradient.to(logits[0].dtype).unbind())
+        for gate in self.gates:
+            gate.steps += 1
+            if gate.exp_avg.device != hypergradient.device:  # the network has moved since
+                gate.exp_avg = gate.exp_avg.to(hypergradient.device)
+                gate.exp_avg_sq = gate.exp_avg_sq.to(hypergradient.device)
+        exp_avg, exp_avg_sq = [gate.exp_avg for gate in self.gates], [gate.exp_avg_sq for gate in self.gates]
+        torch._foreach_lerp_(exp_avg, gradients, 1 - _BETA1)
+        torch._foreach_mul_(exp_avg_sq, _BETA2)
+        torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - _BETA2)
+        root = torch._foreach_sqrt(exp_avg_sq)
+        torch._foreach_div_(root, [math.sqrt(1 - _BETA2**gate.steps) for gate in self.gates])
+        torch._foreach_add_(root, _EPS)
+        torch._foreach_addcdiv_(logits, exp_avg, root, [-lr / (1 - _BETA1**gate.steps) for gate in self.gates])
+
+
+def find_gates(gm: nn.Module) -> tuple[GatePlan, list[Gate]]:
+    """Every `GatedConv2d` of a prepared network, logits in float32 or better, with the weight its plan gives it.
+
+    Raises:
+        ModelError: `gm` was not prepared, or nothing in it is gated.
+        MismatchError: a gated convolution is missing in the plan in `gm.meta`.
+    """
+    plan = getattr(gm, "meta", {}).get("gate_plan")
+    convs = {name: module for name, module in gm.named_modules() if isinstance(module, GatedConv2d)}
+    if not isinstance(plan, GatePlan) or not convs:
+        missing = "gated convolution" if isinstance(plan, GatePlan) else "meta['gate_plan']"
+        raise ModelError(
+            f"GroupLearner found no {missing} in this {type(gm).__name__}; call dspfx.prepare first and pass the "
+            "network that it returns (print(dspfx.coverage(gm)) says what was gated)."
+        )
+    specs = {spec.name: spec for spec in plan.layers}
+    reference = statistics.median(specs[name].input_elements for name in convs if name in specs) if specs else 1
+    gates = []
+    for name, conv in convs.items():
+        if name not in specs:
+            raise MismatchError(
+                f"The gated convolution {name!r} is not in gm.meta['gate_plan'], which lists {len(specs)} layers; "
+                "prepare the network anew."
+            )
+        relative = specs[name].input_elements / reference
+        scale = grouping.layer_scale(
+            conv.gate_groups, conv.out_channels, conv.kernel_size[0], relative, plan.config.cost
+        )
+        # gm.half() turns the logits into half precision too, in which steps of 1e-3 are lost.
+        conv.gate_logits = conv.gate_logits.to(torch.promote_types(conv.gate_logits.dtype, torch.float32))
+        zeros = torch.zeros_like(conv.gate_logits)
+        gates.append(Gate(name, conv, scale, zeros, zeros.clone()))
+    return plan, gates
+
+
+def batch_gates(gates: list[Gate], optimizer: torch.optim.Optimizer, scales: dict[Any, Tensor]) -> list[GateBatch]:
+    """The gates whose weights this optimizer step has trained: in the optimizer, not frozen, with a gradient.
+
+    `scales` caches [B, 1, 1] tensors between steps; new ones every step would cost a transfer each on a GPU.
+    """
+    owners = {id(p): (i, group) for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    found: dict[Any, tuple[float, list[Gate]]] = {}
+    for gate in gates:
+        weight, logits = gate.conv.weight, gate.conv.gate_logits
+        if not weight.requires_grad or weight.grad is None or id(weight) not in owners:
+            continue
+        index, group = owners[id(weight)]
+        key = (logits.shape, logits.dtype, weight.shape[1], weight.dtype, weight.device, index)
+        found.setdefault(key, (float(group["lr"]), []))[1].append(gate)
+    return [GateBatch(members, lr, _scale(members, scales)) for lr, members in found.values()]
+
+
+def _scale(gates: list[Gate], scales: dict[Any, Tensor]) -> Tensor:
+    weight = gates[0].conv.weight
+    key = (tuple(gate.name for gate in gates), weight.device)
+    if key not in scales:
+        values = [gate.scale for gate in gates]
+        scales[key] = torch.tensor(values, dtype=grouping.compute_dtype(weight), device=weight.device)[:, None, None]
+    return scales[key]
+
+
+def check_finite(batches: list[GateBatch], hypergradients: list[Tensor]) -> None:
+    """Raises ModelError naming the first gate whose weight or gradient spoiled its hypergradient."""
+    if not batches:
+        return
+    sums = [hypergradient.sum() for hypergradient in hypergradients]
+    if torch.isfinite(torch.stack([value.to(sums[0]) for value in sums])).all():
+        return
+    for batch, hypergradient in zip(batches, hypergradients, strict=True):
+        for gate, part in zip(batch.gates, hypergradient, strict=True):
+            if not torch.isfinite(part).all():
+                what = "gradient" if torch.isfinite(gate.conv.weight).all() else "weight"
+                raise ModelError(
+                    f"The {what} of {gate.name!r} holds NaN or infinity; the logits and weights were not touched by "
+                    "GroupLearner in this step. Lower the learning rate, or use a GradScaler with float16."
+                )
+
+
+def check_saved(saved: dict[str, Any], gates: list[Gate]) -> None:
+    """Raises MismatchError where a learner state's layers are not these gates, by name or by shape."""
+    names = {gate.name for gate in gates}
+    other = sorted(names.symmetric_difference(saved))
+    if other:
+        where = "only in the network" if other[0] in names else "only in the state"
+        raise MismatchError(
+            f"The GroupLearner state has {len(saved)} layers, the network {len(names)}; {other[0]!r} is {where}. Load "
+            "the state of the same prepared network."
+        )
+    for gate in gates:
+        shape, ours = tuple(saved[gate.name]["exp_avg"].shape), tuple(gate.exp_avg.shape)
+        if shape != ours:
+            raise MismatchError(
+                f"The GroupLearner state of {gate.name!r} has shape {shape} (groups, filters), the network {ours}; "
+                "prepare the network with the same GateConfig."
+            )

@@ -1,0 +1,245 @@
+"""GroupLearner: learns which filters belong together while the user's own loop trains the network (DSP, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
+from dspfx.gates import Gate, GateBatch, batch_gates, check_finite, check_saved, find_gates
+from dspfx.method import grouping
+from dspfx.second_pass import gradient_at
+
+_STATE_VERSION = 1
+
+
+class GroupLearner:
+    """Learns the groups of every `GatedConv2d` of a prepared network beside any training loop.
+
+    mode="fused" (default): construct it, and leave the loop as it is. After every optimizer step that really happened
+    it reuses the gradients the loop has just computed (`p.grad` as the optimizer saw it: unscaled, and clipped if the
+    loop clips), updates the logits, and applies the penalty to the gated weights. Weights without a gradient, frozen,
+    or not in the optimizer are left alone.
+
+    mode="exact": call `learner.step(closure)` after `optimizer.step()`; the closure runs the forward pass on the same
+    batch and returns the loss, unscaled. The gradient is taken at the one-step adapted filters (a second forward and
+    backward); weights, buffers of `gm`, random number generators and `.grad` are then as if nothing had happened.
+
+        learner = GroupLearner(gm, optimizer, total_steps=epochs * len(loader))
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss(gm(x), y).backward()
+            optimizer.step()
+
+    The learner keeps no copy of the network: logits live in `gm` (`gate_logits`) and in its state_dict. Save
+    `gm`, optimizer and learner together, and a resumed run continues as an uninterrupted one.
+
+    Args:
+        gm: a network that `dspfx.prepare` returned.
+        optimizer: any torch optimizer that owns the gated weights.
+        total_steps: optimizer steps over which the penalty ramps up to `strength`; afterwards it stays there.
+        strength: lambda; "auto" is 540 / number of parameters, the authors' settings.
+        mode: "fused" or "exact".
+        lr: learning rate of Adam on the logits.
+        seed: of the learner's own noise; the global generators are never touched.
+
+    Raises:
+        ConfigError: an argument out of its range, or an optimizer that maximizes.
+        ModelError: `gm` has no gates.
+        MismatchError: the optimizer does not own a gated weight, or the gates differ from the plan in `gm.meta`.
+    """
+
+    def __init__(
+        self,
+        gm: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        strength: float | Literal["auto"] = "auto",
+        mode: Literal["fused", "exact"] = "fused",
+        lr: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        _check_arguments(total_steps, strength, mode, lr)
+        plan, self._gates = find_gates(gm)
+        _check_optimizer(optimizer, self._gates)
+        self.mode = mode
+        self.total_steps = total_steps
+        self.strength = 540 / sum(p.numel() for p in gm.parameters()) if strength == "auto" else float(strength)
+        self.lr = lr
+        self.steps = 0
+        self._gm, self._optimizer, self._config = gm, optimizer, plan.config
+        self._generator = torch.Generator().manual_seed(seed)
+        self._hypergradients: list[Tensor] = []
+        self._scales: dict[Any, Tensor] = {}
+        self._due: list[GateBatch] | None = None  # exact: what an optimizer step left to be done by step(closure)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_optimizer_step),
+            optimizer.register_step_post_hook(self._after_optimizer_step),
+        ]
+
+    def step(self, closure: Callable[[], Tensor]) -> bool:
+        """mode="exact" only: one learning step; False, and nothing done, when GradScaler skipped the optimizer step."""
+        if self.mode != "exact":
+            raise ModelError(
+                f"GroupLearner.step(closure) was called with mode={self.mode!r}, which steps by itself inside "
+                "optimizer.step(). Remove the call, or construct the learner with mode='exact'."
+            )
+        if not self._hooks:
+            raise ModelError("GroupLearner.step(closure) was called after close(); construct a new learner.")
+        batches, self._due = self._due, None
+        if batches is None:
+            return False
+        self._learn(batches, closure)
+        return True
+
+    def stats(self) -> dict[str, float]:
+        """For progress bars: steps, penalty R of the hard groups (unweighted), mean entropy of a filter's group
+        probabilities in nats (log G at the start, 0 when decided), and the norm of the last hypergradient."""
+        penalty, entropy, filters = 0.0, 0.0, 0
+        with torch.no_grad():
+            for gate in self._gates:
+                logits, energy = gate.conv.gate_logits, grouping.kernel_energy(gate.conv.weight)
+                hard = grouping.hard_groups(logits).to(energy.dtype)
+                penalty += float(grouping.penalty(hard, energy, gate.scale))
+                logs = torch.log_softmax(logits / self._config.tau, dim=0)
+                entropy -= float((logs.exp() * logs).sum())
+                filters += logits.shape[1]
+        norm = math.hypot(*(float(gradient.norm()) for gradient in self._hypergradients))
+        return {"steps": self.steps, "penalty": penalty, "entropy": entropy / filters, "hypergradient": norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step count, noise generator and Adam state, a copy of plain tensors and numbers; logits are in `gm`'s."""
+        layers = {
+            gate.name: {
+                "steps": gate.steps,
+                "exp_avg": gate.exp_avg.clone(),
+                "exp_avg_sq": gate.exp_avg_sq.clone(),
+            }
+            for gate in self._gates
+        }
+        return {
+            "version": _STATE_VERSION,
+            "steps": self.steps,
+            "generator": self._generator.get_state(),
+            "layers": layers,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict()` was taken; raises, and changes nothing, when it is of another network."""
+        if state.get("version") != _STATE_VERSION:
+            raise StorageError(
+                f"The GroupLearner state has version {state.get('version')!r}, this dspfx reads {_STATE_VERSION}; "
+                "load it with the dspfx that wrote it."
+            )
+        saved = state["layers"]
+        check_saved(saved, self._gates)
+        for gate in self._gates:
+            gate.steps = saved[gate.name]["steps"]
+            gate.exp_avg.copy_(saved[gate.name]["exp_avg"])
+            gate.exp_avg_sq.copy_(saved[gate.name]["exp_avg_sq"])
+        self.steps = state["steps"]
+        self._generator.set_state(state["generator"].cpu())
+
+    def close(self) -> None:
+        """Takes the hooks off the optimizer; logits and weights stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._due is not None:
+            raise ModelError(
+                "GroupLearner with mode='exact' saw a second optimizer.step() without learner.step(closure) between. "
+                "Call learner.step(closure) after every optimizer.step(), or construct the learner with mode='fused'."
+            )
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # With fused=True GradScaler calls step() even on overflow and leaves the decision to the kernel, which also
+        # writes the unscaled gradients back. An ordinary optimizer's step() is not called at all then.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        batches = batch_gates(self._gates, self._optimizer, self._scales)
+        if self.mode == "exact":
+            self._due = batches
+        else:
+            self._learn(batches, None)
+
+    @torch.no_grad()
+    def _learn(self, batches: list[GateBatch], closure: Callable[[], Tensor] | None) -> None:
+        """Samples P, takes the gradient (exact: at W'), steps the logits, penalises the hard groups; in this order."""
+        tau, noise = self._config.tau, self._config.noise
+        strength = self.strength * min(1.0, (self.steps + 1) / self.total_steps)
+        energies = [batch.energies() for batch in batches]
+        soft = [
+            grouping.sample_groups(batch.logits(), tau, noise, self._generator).to(energy.dtype)
+            for batch, energy in zip(batches, energies, strict=True)
+        ]
+        factors: list[Tensor] | list[None] = [None] * len(batches)
+        if closure is None:
+            gradients = [batch.gradients for batch in batches]
+        else:
+            factors = [
+                grouping.adapted_factor(p, energy, batch.scale, batch.lr, strength)
+                for batch, p, energy in zip(batches, soft, energies, strict=True)
+            ]
+            gradients = gradient_at(self._gm, closure, batches, factors)
+        hypergradients = [
+            grouping.hypergradient(
+                p, energy, batch.products(g), batch.scale, xi=batch.lr, strength=strength, tau=tau, factor=factor
+            )
+            for batch, p, energy, g, factor in zip(batches, soft, energies, gradients, factors, strict=True)
+        ]
+        check_finite(batches, hypergradients)
+        for batch, energy, hypergradient in zip(batches, energies, hypergradients, strict=True):
+            batch.step_logits(hypergradient, self.lr)
+            hard = grouping.hard_groups(batch.logits()).to(energy.dtype)
+            # What prune zeroed stays zero: the slope is finite, and it multiplies the weight.
+            factor = grouping.adapted_factor(hard, energy, batch.scale, batch.lr, strength)
+            batch.multiply(factor)
+        self._hypergradients = hypergradients
+        self.steps += 1
+
+
+def _check_arguments(total_steps: int, strength: float | str, mode: str, lr: float) -> None:
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ConfigError(
+            f"GroupLearner got total_steps={total_steps!r}; give the number of optimizer steps of the run, at least 1."
+        )
+    if mode not in ("fused", "exact"):
+        raise ConfigError(f"GroupLearner got mode={mode!r}; give 'fused' or 'exact'.")
+    if strength != "auto" and not (_is_number(strength) and float(strength) >= 0):
+        raise ConfigError(f"GroupLearner got strength={strength!r}; give 'auto' or a number of at least 0.")
+    if not (_is_number(lr) and lr > 0):
+        raise ConfigError(f"GroupLearner got lr={lr!r}; give a positive number (the paper uses 1e-3).")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> None:
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [gate.name for gate in gates if gate.conv.weight.requires_grad]
+    missing = [gate.name for gate in gates if gate.conv.weight.requires_grad and id(gate.conv.weight) not in owned]
+    if missing:
+        raise MismatchError(
+            f"The optimizer does not own {missing[0] + '.weight'!r} ({len(missing)} of {len(trained)} trainable gated "
+            "weights are missing); build it from the parameters of the network that dspfx.prepare returned, or freeze "
+            "those weights with requires_grad_(False)."
+        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ConfigError("The optimizer has maximize=True; GroupLearner minimises a loss: negate it instead.")
