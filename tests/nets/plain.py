@@ -163,6 +163,8 @@ class PaddedAverage(nn.Module):
 class Affine(nn.Module):
     """Scalars, a scale for each channel and a spatial mask: `x * 2 - 0.5`, a parameter, a buffer."""
 
+    offset: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = conv_bn_relu(3, 16)
@@ -182,6 +184,9 @@ class Affine(nn.Module):
 
 class FunctionalLayers(nn.Module):
     """Weights that are the model's own parameters: F.conv2d, F.batch_norm and F.linear instead of modules."""
+
+    mean: Tensor
+    var: Tensor
 
     def __init__(self) -> None:
         super().__init__()
