@@ -1,0 +1,1 @@
+"""Reading a model: its graph, its channels, its cost."""

@@ -1,0 +1,183 @@
+"""Would the graph still mean the same with some channels gone? Found out by running its data movement on wires."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dspfx.graph.channels import ChannelGraph, tensors_in
+from dspfx.graph.moves import channel_pads, is_move, run_move
+from dspfx.graph.wires import along, delete
+
+LITERAL = "a size written into the model fixes the number of channels here"
+RAGGED = "the channels that would go do not form a block of this tensor"
+COUNTED = "the model computes with the number of channels"
+_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+
+
+@dataclass
+class Outcome:
+    """What a removal does to the graph's literal sizes.
+
+    Attributes:
+        broken: nodes that would no longer mean the same, with the reason.
+        repairs: node -> the (target, args, kwargs) that mean the same on the shrunken tensors.
+    """
+
+    broken: list[tuple[fx.Node, str]]
+    repairs: dict[fx.Node, tuple[Any, Any, Any]]
+
+
+def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Tensor) -> Outcome:
+    """Runs every movement on tensors without the `removed` wires (bool [wires]), sizes re-evaluated.
+
+    A movement is right exactly where its result is the original result without the removed elements; a pad, split
+    or slice that is not gets its literal sizes rewritten and is tried again.
+    """
+    env: dict[fx.Node, Any] = {}
+    outcome = Outcome([], {})
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        full = channels.values[node]
+        env[node], ragged = _delete_all(full, removed)
+        if ragged:
+            outcome.broken.append((node, RAGGED))
+            env[node] = full
+        elif not tensors_in(full):
+            env[node] = _shape_value(node, env)
+        elif is_move(gm, node):
+            wanted = env[node]
+            if not _agrees(gm, channels, node, (node.target, node.args, node.kwargs), env, wanted):
+                repair = _repair(channels, node, removed)
+                if repair is not None and _agrees(gm, channels, node, repair, env, wanted):
+                    outcome.repairs[node] = repair
+                else:
+                    outcome.broken.append((node, LITERAL))
+        elif any(env[n] != channels.values[n] for n in node.all_input_nodes if not tensors_in(channels.values[n])):
+            outcome.broken.append((node, COUNTED))
+    return outcome
+
+
+def pin_what_breaks(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph) -> None:
+    """Tries out removals and pins, with the reason, the channels that a literal size holds in place."""
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.3, 0.6):
+        chosen = (torch.rand(channels.num_wires, generator=generator) < share)[channels.root]
+        while broken := simulate(gm, channels, graph, chosen & ~channels.pinned()).broken:
+            pin_nodes(channels, broken)
+
+
+def pin_nodes(channels: ChannelGraph, broken: list[tuple[fx.Node, str]]) -> None:
+    """Pins every channel that the broken nodes move or whose number they read; at least one class a node."""
+    for node, reason in broken:
+        for wires in tensors_in([channels.values[n] for n in (node, *_tensor_sources(channels, node))]):
+            channels.pin(wires.unique(), node, reason)
+
+
+def _tensor_sources(channels: ChannelGraph, node: fx.Node) -> list[fx.Node]:
+    """The nearest tensors a node depends on, through the sizes it reads."""
+    found: list[fx.Node] = []
+    for source in node.all_input_nodes:
+        is_tensor = bool(tensors_in(channels.values[source]))
+        found += [source] if is_tensor else _tensor_sources(channels, source)
+    return found
+
+
+def _agrees(gm: nn.Module, channels: ChannelGraph, node: fx.Node, call: Any, env: dict[fx.Node, Any], wanted: Any) -> bool:
+    target, args, kwargs = call
+    args, kwargs = fx.map_arg(args, lambda n: env[n]), fx.map_arg(kwargs, lambda n: env[n])
+    try:
+        found = run_move(gm, node, args, kwargs) if target == node.target else target(*args, **kwargs)
+    except _ERRORS:
+        return False
+    return _same(found, wanted, channels.zero)
+
+
+def _same(found: Any, wanted: Any, zero: Tensor) -> bool:
+    if isinstance(found, Tensor) and isinstance(wanted, Tensor):
+        if found.shape != wanted.shape:
+            return False
+        return bool(((found == wanted) | ((found < 0) & zero[wanted])).all())
+    if isinstance(found, (tuple, list)) and isinstance(wanted, (tuple, list)):
+        return len(found) == len(wanted) and all(_same(x, y, zero) for x, y in zip(found, wanted, strict=True))
+    return False
+
+
+def _repair(channels: ChannelGraph, node: fx.Node, removed: Tensor) -> tuple[Any, Any, Any] | None:
+    """The node with literal channel counts rewritten for what is left; None where it has none that can follow."""
+    whole = channels.values[node]
+    source = channels.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    if not isinstance(source, Tensor) or source.dim() < 2:
+        return None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target is F.pad and isinstance(whole, Tensor):
+        pads = list(channel_pads(node) or ())
+        vector = along(whole, 1)
+        if vector is None or not pads:
+            return None
+        first = 2 * (whole.dim() - 2)
+        left, right = pads[first], pads[first + 1]
+        pads[first] = int((~removed[vector[:left]]).sum())
+        pads[first + 1] = int((~removed[vector[len(vector) - right :]]).sum())
+        return F.pad, (node.args[0], pads), {}
+    if name in ("chunk", "split") and isinstance(whole, tuple):
+        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+        vectors = [along(part, 1) for part in whole]
+        if dim not in (1, 1 - source.dim()) or any(v is None for v in vectors):
+            return None
+        sizes = [int((~removed[v]).sum()) for v in vectors if v is not None]
+        return torch.split, (node.args[0], sizes), {"dim": 1}
+    if node.target is operator.getitem:
+        return _repair_slice(node, along(source, 1), removed)
+    return None
+
+
+def _repair_slice(node: fx.Node, vector: Tensor | None, removed: Tensor) -> tuple[Any, Any, Any] | None:
+    index = node.args[1]
+    if vector is None or not isinstance(index, tuple) or len(index) < 2 or not isinstance(index[1], slice):
+        return None
+    bounds = index[1]
+    if any(isinstance(v, fx.Node) for v in (bounds.start, bounds.stop, bounds.step)) or bounds.step not in (None, 1):
+        return None
+    start, stop, _ = bounds.indices(len(vector))
+    left = ~removed[vector]
+    new = slice(int(left[:start].sum()), int(left[:stop].sum()))
+    return operator.getitem, (node.args[0], (index[0], new, *index[2:])), {}
+
+
+def _delete_all(value: Any, removed: Tensor) -> tuple[Any, bool]:
+    """(value without the removed wires, whether that was impossible somewhere)."""
+    if isinstance(value, Tensor):
+        left = delete(value, removed)
+        return (value, True) if left is None else (left, False)
+    if type(value) in (tuple, list):
+        parts = [_delete_all(v, removed) for v in value]
+        return type(value)(p for p, _ in parts), any(r for _, r in parts)
+    if isinstance(value, dict):
+        pairs = {k: _delete_all(v, removed) for k, v in value.items()}
+        return {k: p for k, (p, _) in pairs.items()}, any(r for _, r in pairs.values())
+    return value, False
+
+
+def _shape_value(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """A size, re-evaluated on the shrunken tensors; the traced value where the node is no shape arithmetic."""
+    traced = node.meta.get("val")
+    if node.op not in ("call_function", "call_method"):
+        return traced
+    args, kwargs = fx.map_arg(node.args, lambda n: env[n]), fx.map_arg(node.kwargs, lambda n: env[n])
+    try:
+        if node.op == "call_method" and node.target in ("size", "numel", "dim"):
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.target is getattr:
+            return args[0].shape if args[1] == "shape" else traced
+        if getattr(node.target, "__module__", "") in ("_operator", "math", "builtins"):
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except _ERRORS:
+        pass
+    return traced

@@ -1,0 +1,176 @@
+"""A tracer whose proxies know example values: control flow on shapes works, sizes stay symbolic in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.proxy import Attribute
+
+from dspfx.errors import InputError, TraceError
+
+LEAF_TYPES: tuple[type[nn.Module], ...] = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.MultiheadAttention,
+)
+_UNKNOWN = object()
+
+
+def expect(value: Any, traced: Any, where: str) -> None:
+    """Raises InputError unless `value` is what it was while tracing: only this value's branch is in the graph."""
+    if value != traced:
+        raise InputError(
+            f"{where} was {traced!r} with the traced example inputs and is {value!r} now; the model branches on it "
+            f"in Python, so this network holds only the traced branch. Give inputs of the traced kind, or prepare "
+            f"the model again with such example inputs."
+        )
+
+
+class ShapeProxy(fx.Proxy):
+    """A proxy that answers shape questions from the example value its node carries in `meta["val"]`."""
+
+    tracer: ShapeTracer
+
+    @property
+    def _value(self) -> Any:
+        return self.node.meta.get("val", _UNKNOWN)
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._value
+        if isinstance(value, Tensor):
+            # The rank is part of what a network is: it is answered at once, without a guard.
+            if name == "ndim":
+                return value.dim()
+            if name in ("dim", "ndimension"):
+                return value.dim
+        if value is _UNKNOWN or callable(getattr(value, name)):
+            return Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __len__(self) -> int:
+        value = self._value
+        if isinstance(value, Tensor):
+            return self.shape[0].__index__()
+        if hasattr(value, "__len__"):
+            return len(value)
+        raise TraceError(f"len() of {self.node} is asked while tracing, and no example value is known for it.")
+
+    def __index__(self) -> int:
+        return self.tracer.concrete(self, int)
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self, (int, float)))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self, (int, float)))
+
+
+class ShapeTracer(fx.Tracer):
+    """Traces a module into an `fx.Graph`; each node's `meta["val"]` holds its fake example value.
+
+    Where Python needs a concrete value (an if, a range, an int()), the example's value decides and an `expect`
+    node guards it; everything else stays symbolic, so the graph takes every size that takes the same branches.
+    """
+
+    def __init__(self, example: dict[str, Any], mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.example = example
+        self.mode = mode
+        self._evaluating = False
+        self._guarded: set[fx.Node] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Leaves by type, so that subclasses outside torch.nn stay whole, beside everything of torch.nn."""
+        return isinstance(m, LEAF_TYPES) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return ShapeProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Proxy:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        value = self._evaluate(proxy.node)
+        if value is not _UNKNOWN:
+            proxy.node.meta["val"] = value
+        return proxy
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        """The node's value on the fake example inputs; _UNKNOWN where it depends on data."""
+        if node.op == "placeholder":
+            return self.example.get(str(node.target).lstrip("*"), _UNKNOWN)
+        if node.op == "output" or any("val" not in n.meta for n in node.all_input_nodes):
+            return _UNKNOWN
+        args = fx.map_arg(node.args, lambda n: n.meta["val"])
+        kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+        self._evaluating = True
+        try:
+            with self.mode, torch.no_grad():
+                if node.op == "get_attr":
+                    value = attribute(self.root, str(node.target))
+                    return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+                if node.op == "call_module":
+                    return self.root.get_submodule(str(node.target))(*args, **kwargs)
+                if node.op == "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                assert callable(node.target)
+                return node.target(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError, KeyError):
+            return _UNKNOWN  # data-dependent; whoever needs the value says so
+        finally:
+            self._evaluating = False
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def concrete(self, proxy: fx.Proxy, kind: type | tuple[type, ...]) -> Any:
+        """The example's value of `proxy`, guarded in the graph; TraceError where it depends on tensor data."""
+        node = proxy.node
+        value = node.meta.get("val", _UNKNOWN)
+        if not isinstance(value, kind):
+            what = "an unknown value" if value is _UNKNOWN else f"a {type(value).__name__}"
+            raise TraceError(
+                f"the model needs the Python value of {node} ({node.op} {_name(node)}), {what}, while it is traced: "
+                f"its control flow depends on tensor data."
+            )
+        if node not in self._guarded:
+            self._guarded.add(node)
+            where = self.scope.module_path or "the model"
+            self.create_node("call_function", expect, (node, value, f"{_name(node)} in {where}"), {})
+        return value
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        value = obj.node.meta.get("val", _UNKNOWN)
+        if isinstance(value, (tuple, list, dict, str)) or value is None:
+            return bool(value)
+        return bool(self.concrete(obj, (bool, int, float)))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return iter([obj[i] for i in range(len(obj))])  # type: ignore[arg-type]
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        value = obj.node.meta.get("val", _UNKNOWN)
+        return list(value) if isinstance(value, dict) else super().keys(obj)
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """`root.a.b.c` for the path "a.b.c"."""
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
