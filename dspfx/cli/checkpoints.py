@@ -34,12 +34,12 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda part: torch.save(state, part))
 
 
-def load_state(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """What `save_state` wrote; None where there is no file. Raises StorageError where it is damaged."""
+def load_state(path: Path) -> dict[str, Any] | None:
+    """What `save_state` wrote, on the CPU; None where there is no file. Raises StorageError where it is damaged."""
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises nearly every built-in exception on a damaged file
         raise StorageError(f"Checkpoint {path} cannot be read ({error}); delete it to repeat that stage.") from error
     return state
@@ -53,20 +53,21 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path} cannot be read ({error}); delete it, or give another --out.") from error
 
 
-def claim_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Makes `out` the folder of a run with these settings, or checks that it already is.
+def claim_folder(out: Path, settings: dict[str, Any]) -> Path:
+    """Makes `out` the folder of a run with these settings, or checks that it already is; returns that of checkpoints.
 
     Raises ConfigError that names the first setting in which the run found there differs.
     """
+    checkpoints = out / "checkpoints"
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be made ({error}); give another folder.") from error
     path = out / SETTINGS_FILE
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         write_text(path, json.dumps(settings, indent=1))
-        return
+        return checkpoints
     found = read_json(path)
     for name in settings | found:
         if settings.get(name) != found.get(name):
@@ -75,6 +76,7 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
                 f"--out {out} holds a run with {option} {_show(found.get(name))}, this one has {option} "
                 f"{_show(settings.get(name))}; give another --out, or delete that folder to start over."
             )
+    return checkpoints
 
 
 def _show(value: Any) -> str:

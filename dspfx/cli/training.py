@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,12 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from tqdm import tqdm
 
+import dspfx
 from dspfx.cli.checkpoints import load_state, save_state
 from dspfx.cli.images import Batch, Split
 from dspfx.errors import ConfigError, ModelError
 
 AUXILIARY_WEIGHT = 0.3  # of the heads that googlenet and inception_v3 add in training
-
-
-class Learner(Protocol):
-    """What the loop needs of a `dspfx.GroupLearner`."""
-
-    def step(self, closure: Callable[[], Tensor]) -> object: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -56,14 +47,12 @@ class Stage:
         name: what it is called in the log and in the name of its checkpoint.
         first_epoch: the number of its first epoch; epochs of one number see the same images in the same order.
         keep: the weights it ends with: of the last epoch, or of the one that was best on the validation split.
-        exact: the learner wants a second pass after each step (it works by itself otherwise).
     """
 
     name: str
     cycles: tuple[tuple[int, float], ...]
     first_epoch: int = 0
     keep: Literal["best", "last"] = "best"
-    exact: bool = False
 
     @property
     def epochs(self) -> int:
@@ -122,11 +111,13 @@ class Trainer:
         """SGD with momentum 0.9; the stage sets the learning rate before each step."""
         return SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=self.recipe.weight_decay)
 
-    def fit(self, model: nn.Module, optimizer: SGD, stage: Stage, learner: Learner | None = None) -> Progress:
+    def fit(
+        self, model: nn.Module, optimizer: SGD, stage: Stage, learner: dspfx.GroupLearner | None = None
+    ) -> Progress:
         """Trains `model` in place from the stage's last finished epoch on; raises ModelError when the loss diverges."""
         path = self.folder / f"{stage.name}.pt"
         progress = Progress()
-        state = load_state(path, next(model.parameters()).device)
+        state = load_state(path)
         if state is not None:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -148,7 +139,13 @@ class Trainer:
         return progress
 
     def _epoch(
-        self, model: nn.Module, optimizer: SGD, stage: Stage, epoch: int, learner: Learner | None, progress: Progress
+        self,
+        model: nn.Module,
+        optimizer: SGD,
+        stage: Stage,
+        epoch: int,
+        learner: dspfx.GroupLearner | None,
+        progress: Progress,
     ) -> None:
         """One epoch and its validation, appended to `progress`."""
         started = time.perf_counter()
@@ -178,7 +175,9 @@ class Trainer:
             f"val {scored.accuracy:.2%}  {seconds:.1f} s"
         )
 
-    def _train(self, model: nn.Module, optimizer: SGD, stage: Stage, epoch: int, learner: Learner | None) -> Score:
+    def _train(
+        self, model: nn.Module, optimizer: SGD, stage: Stage, epoch: int, learner: dspfx.GroupLearner | None
+    ) -> Score:
         seed = self.recipe.seed * 100_003 + stage.first_epoch + epoch
         torch.manual_seed(seed)  # dropout and the like: an epoch is a function of the seed and its number alone
         model.train()
@@ -191,7 +190,7 @@ class Trainer:
             loss, logits = self._loss(model, images, labels)
             loss.backward()
             optimizer.step()
-            if learner is not None and stage.exact:
+            if learner is not None and learner.mode == "exact":
                 learner.step(lambda images=images, labels=labels: self._loss(model, images, labels)[0])  # type: ignore[misc]
             tally.add(loss, logits, labels)
             if step % 20 == 19 and not bar.disable:  # reading the loss waits for the device

@@ -1,0 +1,167 @@
+"""`python -m dspfx compress`: from a network and images to a smaller, faster network."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+
+import dspfx
+from dspfx.cli import models, report
+from dspfx.cli.checkpoints import claim_folder, load_state, save_state, write_atomically, write_text
+from dspfx.cli.data import Data, load_data
+from dspfx.cli.options import Settings, add_arguments, read_settings, set_machine
+from dspfx.cli.training import Progress, Trainer, evaluate, recalibrate, say
+from dspfx.errors import MismatchError
+from dspfx.plans import PrunePlan
+
+TOLERANCE = 1e-4  # of the output's scale, between pruned and lowered in float32
+DESCRIPTION = """\
+Makes a convolutional network smaller and faster: trains or loads it, learns which filters belong together, prunes to a
+budget, fine-tunes, and lowers the result to plain torch modules. Started again, the same command goes on from the last
+finished epoch."""
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `compress` to the command line."""
+    parser = commands.add_parser("compress", help="make a network smaller and faster", description=DESCRIPTION)
+    add_arguments(parser)
+    parser.set_defaults(run=run, interrupted="the same command goes on from the last finished epoch")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The job, from checked options to the table of results; raises DspfxError."""
+    settings, machine, out = read_settings(args), set_machine(args), args.out
+    checkpoints = claim_folder(out, settings.flat())
+    if (out / report.FILE).exists():
+        say(f"This run is finished; give another --out to run again.\n{report.show(out)}")
+        return
+    data = load_data(settings.data, models.default_image_size(settings.model), machine.device, machine.workers)
+    say(f"{len(data.train)} training and {len(data.val)} validation images of {data.image_size} pixels; {machine}")
+    trainer = Trainer(settings.recipe, data.train, data.val, checkpoints)
+    example = next(data.val.in_order(2))[0]
+
+    dense = models.build(settings.model, len(data.classes))
+    if settings.checkpoint is not None:
+        models.load_checkpoint(dense, Path(settings.checkpoint))
+    dense.to(machine.device)
+    rehearse(dense, example, settings)
+    curves = {"dense": train_dense(dense, settings, trainer)}
+    gm = dspfx.prepare(dense, example, settings.gates)
+    curves["learn"] = learn(gm, settings, trainer)
+    plan = prune(gm, example, settings, trainer)
+    curves["tune"] = tune(gm, settings, trainer)
+    networks: dict[str, nn.Module] = {"dense": dense, "pruned": gm, "lowered": dspfx.lower(gm, example)}
+    check_equal(gm, networks["lowered"], example)
+    if settings.dense_control:
+        networks["control"], curves["control"] = train_control(dense, settings, trainer)
+
+    write_text(out / "plan.json", plan.to_json())
+    rows = measure(networks, data, example, plan, settings, out)
+    report.write(out, settings, machine, plan, rows, {name: stage.curve for name, stage in curves.items()})
+    say(f"\n{report.show(out)}")
+
+
+def rehearse(dense: nn.Module, example: Tensor, settings: Settings) -> None:
+    """Prints what can be gated; an untraceable model or an infeasible budget ends the run here, before any training."""
+    gm = dspfx.prepare(dense, example, settings.gates)
+    say(str(dspfx.coverage(gm)))
+    dspfx.prune(gm, settings.budget, example_inputs=example)
+
+
+def train_dense(dense: nn.Module, settings: Settings, trainer: Trainer) -> Progress:
+    """Trains the dense network in place (not at all where --epochs-dense is 0) and says what it reaches."""
+    progress = trainer.fit(dense, trainer.optimizer(dense), settings.stage("dense"))
+    say(f"dense: validation {evaluate(dense, trainer.val, settings.recipe.batch_size)}")
+    return progress
+
+
+def learn(gm: fx.GraphModule, settings: Settings, trainer: Trainer) -> Progress:
+    """Trains the network and the groups of its gates together (DSP, section 3)."""
+    stage = settings.stage("learn")
+    if stage.epochs == 0:
+        return Progress()
+    optimizer, steps = trainer.optimizer(gm), stage.epochs * trainer.steps
+    with dspfx.GroupLearner(
+        gm, optimizer, steps, strength=settings.strength, mode=settings.mode, seed=settings.recipe.seed
+    ) as learner:
+        return trainer.fit(gm, optimizer, stage, learner)
+
+
+def prune(gm: fx.GraphModule, example: Tensor, settings: Settings, trainer: Trainer) -> PrunePlan:
+    """Prunes `gm` to the budget and re-calibrates its batch norms, or repeats what an earlier start decided."""
+    path = trainer.folder / "pruned.pt"
+    state = load_state(path)
+    if state is not None:
+        gm.load_state_dict(state["model"])
+        plan = PrunePlan.from_json(state["plan"])
+    else:
+        plan = dspfx.prune(gm, settings.budget, example_inputs=example)
+        recalibrate(gm, trainer.train, settings.recipe.batch_size)
+        save_state(path, {"model": gm.state_dict(), "plan": plan.to_json()})
+    say(str(plan))
+    say(f"pruned: validation {evaluate(gm, trainer.val, settings.recipe.batch_size)}")
+    return plan
+
+
+def tune(gm: fx.GraphModule, settings: Settings, trainer: Trainer) -> Progress:
+    """Fine-tunes what is left; what was pruned stays zero."""
+    return trainer.fit(gm, trainer.optimizer(gm), settings.stage("tune"))
+
+
+def train_control(dense: nn.Module, settings: Settings, trainer: Trainer) -> tuple[nn.Module, Progress]:
+    """The dense network, trained on for as many epochs, images and learning rates as the pruned one had."""
+    control = copy.deepcopy(dense)
+    return control, trainer.fit(control, trainer.optimizer(control), settings.stage("control"))
+
+
+@torch.no_grad()
+def check_equal(gm: fx.GraphModule, small: nn.Module, example: Tensor) -> None:
+    """Raises MismatchError where the lowered network answers otherwise than the pruned one."""
+    gm.eval()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected, found = gm(example), small(example)
+    error = float((expected - found).abs().max() / expected.abs().max())
+    say(f"lowered and pruned differ by {error:.1e} of the output's scale")
+    if not error <= TOLERANCE:
+        raise MismatchError(
+            f"The lowered network differs from the pruned one by {error:.1e} of the output's scale, allowed is "
+            f"{TOLERANCE:.0e}; please report this with the command, the checkpoints in --out hold the pruned network."
+        )
+
+
+def measure(
+    networks: dict[str, nn.Module], data: Data, example: Tensor, plan: PrunePlan, settings: Settings, out: Path
+) -> list[report.Row]:
+    """Saves every network, then measures size, speed and, reading the test split here only, accuracy."""
+    files = {name: out / f"{name}.safetensors" for name in networks} | {"lowered": out / "network.safetensors"}
+    for name, network in networks.items():
+        if name in ("dense", "control"):
+            state = {key: value.contiguous() for key, value in network.state_dict().items()}
+            write_atomically(files[name], lambda part, state=state: safetensors.torch.save_file(state, part))  # type: ignore[misc]
+        else:
+            write_atomically(files[name], lambda part, network=network: dspfx.save(network, part))  # type: ignore[misc]
+    for network in networks.values():
+        network.eval()
+    timing = dspfx.benchmark(networks, example[:1])
+    test = data.test()
+    rows = []
+    for name, network in networks.items():
+        profile = dspfx.profile(network, example[:1])
+        is_masked = name == "pruned"
+        rows.append(
+            report.Row(
+                name=name,
+                test=evaluate(network, test, settings.recipe.batch_size),
+                flops=round(profile.flops * plan.flops_left) if is_masked else profile.flops,
+                params=round(profile.params * plan.params_left) if is_masked else profile.params,
+                file_bytes=files[name].stat().st_size,
+                latency_ms=timing[name].median_ms,
+                latency_ratio=timing[name].ratio,
+            )
+        )
+    return rows

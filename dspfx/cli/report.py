@@ -1,0 +1,102 @@
+"""The results of a run: results.json and the table that is printed from it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from dspfx.cli.checkpoints import read_json, write_text
+from dspfx.cli.options import Machine, Settings
+from dspfx.cli.training import Score
+from dspfx.plans import PrunePlan
+
+FILE = "results.json"
+TITLES = {"control": "dense, trained as long"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network: its score on the test split, FLOPs of one image, parameters, bytes on disk, speed at batch 1."""
+
+    name: str
+    test: Score
+    flops: int
+    params: int
+    file_bytes: int
+    latency_ms: float
+    latency_ratio: float
+
+
+def write(
+    out: Path,
+    settings: Settings,
+    machine: Machine,
+    plan: PrunePlan,
+    rows: list[Row],
+    curves: dict[str, list[dict[str, float]]],
+) -> None:
+    """Writes results.json, whose presence says that the run is finished."""
+    content = {
+        "arguments": settings.flat(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")},
+        "machine": describe(machine),
+        "networks": {row.name: asdict(row) for row in rows},
+        "left": {"flops": plan.flops_left, "params": plan.params_left, "gated_flops": plan.gated_flops_left},
+        "curves": curves,
+    }
+    write_text(out / FILE, json.dumps(content, indent=1))
+
+
+def describe(machine: Machine) -> dict[str, Any]:
+    """Processor, device and threads."""
+    return {
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def show(out: Path) -> str:
+    """The table of results.json: dense, pruned and lowered side by side, and where the files are."""
+    content = read_json(out / FILE)
+    networks = content["networks"]
+    dense = networks["dense"]
+    rows = [
+        (
+            TITLES.get(name, name),
+            f"{row['test']['accuracy']:.2%}",
+            f"{row['flops'] / 1e6:.2f} M ({row['flops'] / dense['flops']:.1%})",
+            f"{row['params'] / 1e3:.1f} k ({row['params'] / dense['params']:.1%})",
+            f"{row['file_bytes'] / 1e3:.0f} kB",
+            f"{row['latency_ms']:.2f} ms ({row['latency_ratio']:.2f}x)",
+        )
+        for name, row in networks.items()
+    ]
+    table = tabulate(rows, headers=["network", "test accuracy", "FLOPs", "parameters", "file", "latency, batch 1"])
+    images, machine = dense["test"]["images"], content["machine"]
+    limit = content["arguments"]["limit_train"]
+    notes = [
+        f"Accuracy on {images} test images, read once. Latency in PyTorch on {machine['device']}, "
+        f"{machine['threads']} CPU threads. FLOPs and parameters of the pruned network: as the plan counts them.",
+        f"Kept for use: {out / 'network.safetensors'} (dspfx.load reads it). All numbers: {out / FILE}",
+    ]
+    if limit is not None:
+        notes.insert(1, f"Trained on {limit} images only (--limit-train).")
+    return "\n".join([table, *notes])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
