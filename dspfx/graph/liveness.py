@@ -1,0 +1,130 @@
+"""Which channels are constant, and which anybody still needs: exact, symbolic, to a fixed point.
+
+A convolution is described by `Reads`: the rows of a bool matrix [R, C] (which input channels a row reads) and the
+row of each filter. A group of DSP is a row, a free filter is a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dspfx.graph.channels import ChannelGraph, Step
+
+NAN = torch.tensor(float("nan"), dtype=torch.float64)
+ZERO = torch.tensor(0.0, dtype=torch.float64)
+
+
+@dataclass(eq=False)
+class Reads:
+    """keep: bool [R, C], the input channels of each row; row: int64 [O], each filter's row, -1 where it is dead."""
+
+    keep: Tensor
+    row: Tensor
+
+    @classmethod
+    def dense(cls, out_channels: int, in_channels: int) -> Reads:
+        """Every filter reads every channel."""
+        return cls(torch.ones(1, in_channels, dtype=torch.bool), torch.zeros(out_channels, dtype=torch.int64))
+
+    @classmethod
+    def of_weight(cls, weight: Tensor) -> Reads:
+        """What the non-zero entries of a weight [O, C, ...] read."""
+        used = (weight.detach() != 0).flatten(2).any(-1) if weight.dim() > 2 else weight.detach() != 0
+        keep, row = used.cpu().unique(dim=0, return_inverse=True)
+        return cls(keep, torch.where(keep[row].any(1), row, -1))
+
+    def pairs(self) -> Tensor:
+        """bool [O, C]: the (filter, input channel) pairs that are kept."""
+        return self.keep[self.row.clamp(min=0)] & (self.row >= 0)[:, None]
+
+
+@dataclass(eq=False)
+class Liveness:
+    """values: float64 [wires], a channel's constant value, NaN where it varies; needed: bool [wires]."""
+
+    values: Tensor
+    needed: Tensor
+
+    def removable(self, channels: ChannelGraph) -> Tensor:
+        """bool [wires]: members of classes that nobody needs anywhere and nothing pins."""
+        kept = torch.zeros(channels.num_wires, dtype=torch.bool)
+        kept[channels.root[self.needed]] = True
+        return ~kept[channels.root] & ~channels.pinned()
+
+
+def liveness(channels: ChannelGraph, reads: Mapping[str, Reads], gm: nn.Module | None = None) -> Liveness:
+    """Values forward, needs backward, once each.
+
+    With `gm` the constants are those of its weights in eval mode, exactly (what lowering may rely on). Without, they
+    are those that pruning will make true: the bias and the norm's scale and shift of a dead filter are zero.
+    """
+    values = NAN.repeat(channels.num_wires)
+    values[channels.zero] = 0.0
+    for step in channels.steps:
+        values[step.out] = _forward(step, values, reads, gm)
+        if bool(channels.tainted.any()):
+            values[channels.tainted] = NAN
+    needed = channels.pinned()
+    for step in reversed(channels.steps):
+        _backward(step, values, needed, reads)
+    return Liveness(values, needed)
+
+
+def _forward(step: Step, values: Tensor, reads: Mapping[str, Reads], gm: nn.Module | None) -> Tensor:
+    if step.kind == "map":
+        assert step.function is not None
+        ins = [values[i] for i in step.ins]
+        result = step.function(*ins)
+        return torch.where(ins[0].isnan(), NAN, result) if len(ins) == 1 else result
+    module = gm.get_submodule(step.module) if gm is not None else None
+    source = values[step.ins[0]]
+    if step.kind == "norm":
+        return torch.where(source == 0, ZERO, NAN) if module is None else _norm_constants(module, source)
+    if step.kind == "conv":
+        read = reads[step.module]
+        varies = (read.keep & (source != 0)).any(1)[read.row.clamp(min=0)] & (read.row >= 0)
+    else:
+        varies = source != 0
+        if module is not None:
+            varies = varies & (module.weight.detach().flatten(1) != 0).any(1).cpu()
+    bias = getattr(module, "bias", None)
+    constant = torch.zeros(len(step.out), dtype=torch.float64) if bias is None else bias.detach().double().cpu()
+    return torch.where(varies, NAN, constant)
+
+
+def _norm_constants(module: nn.Module, source: Tensor) -> Tensor:
+    """A batch norm in eval mode on constant channels (NaN in, NaN out, unless its scale is zero)."""
+    zeros, ones = torch.zeros_like(source), torch.ones_like(source)
+
+    def read(name: str, default: Tensor) -> Tensor:
+        value = getattr(module, name)
+        return default if value is None else value.detach().double().cpu()
+
+    weight, bias = read("weight", ones), read("bias", zeros)
+    if module.running_mean is None:  # statistics of the batch: a constant channel is its own mean
+        normal = torch.where(source == 0, ZERO, NAN)
+    else:
+        normal = (source - read("running_mean", zeros)) / (read("running_var", ones) + module.eps).sqrt()
+    return torch.where(weight == 0, bias, normal * weight + bias)
+
+
+def _backward(step: Step, values: Tensor, needed: Tensor, reads: Mapping[str, Reads]) -> None:
+    """Marks the inputs that a needed, varying output reads; a channel that is zero is never read."""
+    wanted = needed[step.out]
+    if step.kind == "conv":
+        read = reads[step.module]
+        rows = torch.zeros(len(read.keep), dtype=torch.bool)
+        rows[read.row[wanted & (read.row >= 0)]] = True
+        used = (read.keep & rows[:, None]).any(0)
+        wires = step.ins[0]
+        needed[wires[used & (values[wires] != 0)]] = True
+        return
+    varies = values[step.out].isnan()
+    for wires in step.ins:
+        source = values[wires]
+        constant = ~source.isnan() & (source != 0)
+        needed[wires[wanted & (varies & (source != 0) | constant)]] = True
