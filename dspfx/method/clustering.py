@@ -11,7 +11,8 @@ from dspfx.errors import ConfigError, ModelError
 
 _FIRST_ROUNDS = 2  # of every start; the best one goes on
 _ROUNDS = 16
-_RANDOM_STARTS = 2
+_MANY, _FEW = 10, 2  # random starts: many for small layers, where they cost nothing and the search is easily stuck
+_SMALL = 2**13  # energies
 _GAIN = 1e-4  # a round that adds less ends the search
 
 
@@ -89,7 +90,8 @@ def _starts(energy: Tensor, groups: int) -> list[Tensor]:
     filters = len(energy)
     balanced = torch.arange(filters, device=energy.device) * groups // filters
     generator = torch.Generator().manual_seed(0)
-    shuffles = [torch.randperm(filters, generator=generator).to(energy.device) for _ in range(_RANDOM_STARTS)]
+    starts = _MANY if energy.numel() <= _SMALL else _FEW
+    shuffles = [torch.randperm(filters, generator=generator).to(energy.device) for _ in range(starts)]
     direction = energy / energy.norm(dim=1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)
     overlap = torch.zeros(filters, dtype=energy.dtype, device=energy.device)
     seeds = []
