@@ -32,7 +32,7 @@ class Epochs:
                 raise ConfigError(f"--epochs-{field.name} is {getattr(self, field.name)}; give 0 or more.")
 
 
-QUICK_EPOCHS = Epochs(dense=8, learn=6, tune=8)  # digits: minutes on two cores
+QUICK_EPOCHS = Epochs(dense=10, learn=6, tune=10)  # digits: minutes on two cores
 FULL_EPOCHS = Epochs(dense=120, learn=60, tune=60)
 
 
@@ -120,9 +120,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dense-control", action="store_true", help="also train the dense network for as many epochs, to compare"
     )
     train = parser.add_argument_group("training")
-    train.add_argument("--epochs-dense", type=int, help="before learning (default: 0 with --checkpoint, digits 8, 120)")
+    train.add_argument(
+        "--epochs-dense", type=int, help="before learning (default: 0 with --checkpoint, digits 10, otherwise 120)"
+    )
     train.add_argument("--epochs-learn", type=int, help="learning groups (default: digits 6, otherwise 60)")
-    train.add_argument("--epochs-tune", type=int, help="fine-tuning what is left (default: digits 8, otherwise 60)")
+    train.add_argument("--epochs-tune", type=int, help="fine-tuning what is left (default: digits 10, otherwise 60)")
     train.add_argument("--batch-size", type=int, help="(default: digits 64, otherwise 128)")
     train.add_argument("--lr", type=float, default=0.05, help="dense training and learning (default: %(default)s)")
     train.add_argument("--lr-tune", type=float, default=0.02, help="fine-tuning (default: %(default)s)")

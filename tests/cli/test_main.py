@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from dspfx.__main__ import main
+from dspfx.cli import compress
+from dspfx.errors import ConfigError
+
+
+def raising(error: BaseException):  # type: ignore[no-untyped-def]
+    def run(args: argparse.Namespace) -> None:
+        raise error
+
+    return run
+
+
+def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(compress, "run", raising(ConfigError("--x is 1; give 2.")))
+    assert main(["compress", "--out", "runs/x"]) == 2
+    assert capsys.readouterr().err == "dspfx compress: error: --x is 1; give 2.\n"
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(compress, "run", raising(KeyboardInterrupt()))
+    assert main(["compress", "--out", "runs/x"]) == 130
+    expected = "\ndspfx compress: interrupted; the same command goes on from the last finished epoch.\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compress, "run", raising(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        main(["compress", "--out", "runs/x"])
+
+
+def test_a_missing_model_is_explained_without_training(
+    tmp_path,
+    capsys: pytest.CaptureFixture[str],  # type: ignore[no-untyped-def]
+) -> None:
+    assert main(["compress", "--model", "resnet21", "--out", str(tmp_path), "--threads", "1"]) == 2
+    assert capsys.readouterr().err.startswith("dspfx compress: error: --model 'resnet21' is not known; give one of ")
+
+
+@pytest.mark.parametrize("command", ["compress", "profile"])
+def test_help_names_every_kind_of_model(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "vgg16_bn_cifar (built in" in text
+    assert "any classification name of torchvision" in text
