@@ -105,11 +105,16 @@ def build(name: str, num_classes: int) -> nn.Module:
         return CifarResNet(CIFAR_DEPTHS[name], num_classes)
     if name == CIFAR_VGG:
         return CifarVGG16(num_classes)
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise ConfigError(f"--model {name!r} is not known; give one of {HELP}.")
+    check_name(name)
     # These two warn when nobody says whether they shall initialise their weights.
     options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for a name that neither this module nor torchvision knows."""
+    if name not in BUILT_IN and name not in torchvision.models.list_models(module=torchvision.models):
+        raise ConfigError(f"--model {name!r} is not known; give one of {HELP}.")
 
 
 def default_image_size(name: str) -> int:

@@ -55,6 +55,7 @@ class Settings:
     dense_control: bool
 
     def __post_init__(self) -> None:
+        models.check_name(self.model)
         for name in ("lr", "lr_tune"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a positive number.")

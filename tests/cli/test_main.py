@@ -35,14 +35,6 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         main(["compress", "--out", "runs/x"])
 
 
-def test_a_missing_model_is_explained_without_training(
-    tmp_path,
-    capsys: pytest.CaptureFixture[str],  # type: ignore[no-untyped-def]
-) -> None:
-    assert main(["compress", "--model", "resnet21", "--out", str(tmp_path), "--threads", "1"]) == 2
-    assert capsys.readouterr().err.startswith("dspfx compress: error: --model 'resnet21' is not known; give one of ")
-
-
 @pytest.mark.parametrize("command", ["compress", "profile"])
 def test_help_names_every_kind_of_model(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
