@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import ConfigError
+from dspfx.plans import Group
 
 
 class GatedConv2d(nn.Conv2d):
@@ -83,3 +84,79 @@ class GatedConv2d(nn.Conv2d):
         for key in self.GATE_KEYS:
             state_dict.setdefault(prefix + key, getattr(self, key))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+
+class GroupConv2d(nn.Module):
+    """A convolution split into branches: branch g computes `groups[g].filters` from `groups[g].channels`.
+
+    Each branch is a plain dense `nn.Conv2d` over a slice of the input (where its channels are consecutive) or a
+    selection of them; one reordering puts the concatenated results into the filters' order. Input [N, C, H, W],
+    output [N, O, H', W'].
+    """
+
+    order: Tensor
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Any, groups: tuple[Group, ...], **options: Any
+    ) -> None:
+        super().__init__()
+        filters = [o for g in groups for o in g.filters]
+        if sorted(filters) != list(range(out_channels)):
+            raise ConfigError(
+                f"GroupConv2d needs each of its {out_channels} filters in exactly one group; the groups hold "
+                f"{len(filters)} filters, {len(set(filters))} different ones."
+            )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.branches = nn.ModuleList(
+            nn.Conv2d(len(g.channels), len(g.filters), kernel_size, **options) for g in groups
+        )
+        for i, group in enumerate(groups):
+            self.register_buffer(f"channels{i}", torch.tensor(group.channels), persistent=False)
+        self.slices = [_as_slice(g.channels) for g in groups]
+        order = torch.empty(out_channels, dtype=torch.int64)
+        order[filters] = torch.arange(out_channels)
+        self.is_ordered = filters == list(range(out_channels))
+        self.register_buffer("order", order, persistent=False)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, groups: tuple[Group, ...]) -> GroupConv2d:
+        """The same function as `conv`, whose weights outside the groups are zero."""
+        module = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            groups,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+        ).to(conv.weight)
+        with torch.no_grad():
+            for branch, group in zip(module.branches, groups, strict=True):
+                assert isinstance(branch, nn.Conv2d)
+                filters, channels = list(group.filters), list(group.channels)
+                branch.weight.copy_(conv.weight[filters][:, channels])
+                if conv.bias is not None and branch.bias is not None:
+                    branch.bias.copy_(conv.bias[filters])
+        return module.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for i, (branch, span) in enumerate(zip(self.branches, self.slices, strict=True)):
+            part = x[:, span[0] : span[1]] if span else x.index_select(1, getattr(self, f"channels{i}"))
+            outputs.append(branch(part))
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return y if self.is_ordered else y.index_select(1, self.order)
+
+
+def _as_slice(channels: tuple[int, ...]) -> tuple[int, int] | None:
+    consecutive = channels == tuple(range(channels[0], channels[-1] + 1))
+    return (channels[0], channels[-1] + 1) if consecutive else None
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where the qualified `name` points."""
+    parent, _, child = name.rpartition(".")
+    root.get_submodule(parent)._modules[child] = module

@@ -7,7 +7,7 @@ import json
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from tabulate import tabulate
 
@@ -84,7 +84,7 @@ class GatePlan(Plan):
     skipped: tuple[Skipped, ...]
 
     def __str__(self) -> str:
-        rows = [(s.name, s.groups, f"{s.out_channels} x {s.in_channels}", s.macs, "") for s in self.layers]
+        rows: list[tuple[Any, ...]] = [(s.name, s.groups, f"{s.out_channels} x {s.in_channels}", s.macs, "") for s in self.layers]
         rows += [(s.name, "-", s.kind, s.macs, s.reason) for s in self.skipped]
         return tabulate(rows, headers=["layer", "groups", "filters x channels", "MACs", "skipped because"])
 
@@ -128,7 +128,7 @@ class PrunePlan(Plan):
     beta: float
 
     def __str__(self) -> str:
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for layer in self.layers:
             shape = "  ".join(f"{len(g.filters)}x{len(g.channels)}" for g in layer.groups if g.filters)
             left = layer.macs_left / layer.macs if layer.macs else 1.0
@@ -138,3 +138,46 @@ class PrunePlan(Plan):
             f"{table}\nwhole network: {self.flops_left:.1%} of FLOPs and {self.params_left:.1%} of parameters left "
             f"(gated convolutions only: {self.gated_flops_left:.1%} of FLOPs)"
         )
+
+
+@dataclass(frozen=True)
+class LoweredLayer:
+    """How one layer is rewritten.
+
+    Attributes:
+        form: "dense" (one layer of the kept filters and channels) or "branches" (a convolution a group).
+        filters, channels: what is kept, as indices into the layer before lowering.
+        groups: the branches, as indices into `filters` and `channels`; empty for "dense".
+        macs, macs_left, macs_run: multiply-adds before, of the kept structure, and really executed; at batch 1.
+    """
+
+    name: str
+    form: Literal["dense", "branches"]
+    filters: tuple[int, ...]
+    channels: tuple[int, ...]
+    groups: tuple[Group, ...]
+    macs: int
+    macs_left: int
+    macs_run: int
+
+
+@dataclass(frozen=True)
+class LowerPlan(Plan):
+    """The form of every layer that carries channels (norms and depthwise convolutions follow their channels)."""
+
+    layers: tuple[LoweredLayer, ...]
+
+    @property
+    def flops_run(self) -> float:
+        """Fraction of the multiply-adds before lowering that the lowered network executes."""
+        return sum(layer.macs_run for layer in self.layers) / max(sum(layer.macs for layer in self.layers), 1)
+
+    def __str__(self) -> str:
+        rows: list[tuple[Any, ...]] = []
+        for layer in self.layers:
+            shape = "  ".join(f"{len(g.filters)}x{len(g.channels)}" for g in layer.groups)
+            dense = f"{len(layer.filters)}x{len(layer.channels)}"
+            share = [f"{part / layer.macs:.1%}" if layer.macs else "-" for part in (layer.macs_left, layer.macs_run)]
+            rows.append((layer.name, layer.form, dense, shape, *share))
+        headers = ["layer", "form", "filters x channels", "branches", "FLOPs left", "FLOPs run"]
+        return f"{tabulate(rows, headers=headers)}\nthe lowered network runs {self.flops_run:.1%} of the FLOPs"

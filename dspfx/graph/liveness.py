@@ -33,8 +33,10 @@ class Reads:
     @classmethod
     def of_weight(cls, weight: Tensor) -> Reads:
         """What the non-zero entries of a weight [O, C, ...] read."""
-        used = (weight.detach() != 0).flatten(2).any(-1) if weight.dim() > 2 else weight.detach() != 0
-        keep, row = used.cpu().unique(dim=0, return_inverse=True)
+        used = ((weight.detach() != 0).flatten(2).any(-1) if weight.dim() > 2 else weight.detach() != 0).cpu()
+        if bool(used.all()):
+            return cls.dense(*used.shape)
+        keep, row = unique_rows(used)
         return cls(keep, torch.where(keep[row].any(1), row, -1))
 
     def pairs(self) -> Tensor:
@@ -128,3 +130,16 @@ def _backward(step: Step, values: Tensor, needed: Tensor, reads: Mapping[str, Re
         source = values[wires]
         constant = ~source.isnan() & (source != 0)
         needed[wires[wanted & (varies & (source != 0) | constant)]] = True
+
+
+def unique_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(different rows [R, C], row of each [O]) of a bool matrix [O, C], in order of their first appearance.
+
+    Rows are told apart by a random projection, which is checked: sorting whole rows is slow for wide matrices.
+    """
+    key = torch.rand(matrix.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, row = (matrix.double() @ key).unique(return_inverse=True)
+    first = torch.full((int(row.max()) + 1,), len(row)).scatter_reduce(0, row, torch.arange(len(row)), "amin")
+    order = first.argsort()
+    keep, row = matrix[first[order]], order.argsort()[row]
+    return (keep, row) if bool((keep[row] == matrix).all()) else matrix.unique(dim=0, return_inverse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import traceback
+import weakref
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from dspfx.errors import DspfxError, InputError, TraceError
 from dspfx.graph.tracer import ShapeTracer, attribute
 
 _GUESSED_SIZES = (224, 32, 64, 28, 128, 299, 256, 512)
+
+
+# Weak references to every traced network in use: an optimizer's step must reach the masks of those it trains
+# (passes/apply_masks.py), copies included.
+traced_modules: weakref.WeakSet[TracedModule] = weakref.WeakSet()
 
 
 class TrainingFlag(nn.Module):
@@ -45,6 +51,7 @@ class TracedModule(fx.GraphModule):
         gm.__dict__.update({key: value for key, value in root.__dict__.items() if key not in reserved})
         gm.meta = meta
         gm.graph = graph
+        traced_modules.add(gm)
         return gm
 
     def train(self, mode: bool = True) -> TracedModule:
@@ -70,6 +77,7 @@ class TracedModule(fx.GraphModule):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         new.graph = new.__dict__["_graph"]
+        traced_modules.add(new)
         return new
 
 
@@ -154,6 +162,39 @@ def materialise(model: nn.Module, inputs: Inputs, mode: FakeTensorMode | None = 
         return torch.zeros(x.shape, dtype=x.dtype, device=device)
 
     return pytree.tree_map(make, inputs.args), pytree.tree_map(make, inputs.kwargs)
+
+
+def propagate(gm: TracedModule, inputs: Inputs) -> None:
+    """Gives every node the value (`meta["val"]`, fake) it has on the described inputs, and remembers these."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = materialise(gm, inputs, mode)
+    flat = list(inspect.signature(gm.forward).bind(*args, **kwargs).arguments.values())
+    for graph in gm.meta.get("graphs", {"only": gm.graph}).values():
+        _Values(gm, graph=graph).run_on(mode, flat)
+    gm.meta["inputs"] = inputs
+
+
+class _Values(fx.Interpreter):
+    def run_on(self, mode: FakeTensorMode, args: list[Any]) -> None:
+        buffers = [(value, value.clone()) for value in self.module.buffers()]
+        with mode, torch.no_grad():
+            self.run(*args)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["val"] = value
+        return value
+
+
+def eval_only(gm: TracedModule) -> TracedModule:
+    """The same network in eval mode over the parts that mode uses, in plain containers: no class of the user's."""
+    gm.eval()
+    lean = TracedModule(gm, gm.graph)
+    lean.meta = {"inputs": gm.meta["inputs"]}
+    traced_modules.add(lean)
+    return lean
 
 
 def _guess_inputs(model: nn.Module) -> Inputs:

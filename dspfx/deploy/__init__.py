@@ -1,0 +1,1 @@
+"""Running networks outside training: timing now, runtimes later."""

@@ -1,0 +1,110 @@
+"""What a user calls, as lists of passes that read from top to bottom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dspfx.config import Budget, GateConfig
+from dspfx.errors import ModelError
+from dspfx.graph.analyse import analyse
+from dspfx.graph.trace import TracedModule, describe_inputs, eval_only, propagate, trace
+from dspfx.method.importance import Importance, resolve
+from dspfx.modules import GatedConv2d
+from dspfx.passes.apply_masks import apply_masks
+from dspfx.passes.fold_batchnorm import fold_batchnorm
+from dspfx.passes.insert_gates import insert_gates
+from dspfx.passes.lower_convs import lower_convs
+from dspfx.passes.plan_gates import plan_gates
+from dspfx.passes.plan_lower import plan_lower
+from dspfx.passes.plan_prune import plan_prune
+from dspfx.passes.remove_gates import remove_gates
+from dspfx.passes.shrink_channels import shrink_channels
+from dspfx.plans import PrunePlan
+
+
+def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = GateConfig()) -> TracedModule:
+    """A traced copy of `model` with a gate in every convolution that can have one; `model` is left as it was.
+
+    Outputs and gradients are identical, every batch and spatial size that the model accepts is accepted, `train()`
+    and `eval()` are followed, and the model's own state_dict loads with `strict=True`.
+
+    Args:
+        model: any module whose forward traces as one graph.
+        example_inputs: a tensor, list or dict is the one positional argument, a tuple the positional arguments,
+            `dspfx.Inputs` also keywords. May be omitted where an image of the first layer's width does.
+        config: groups, temperature, and layers to skip.
+
+    Raises:
+        InputError: no example inputs could be guessed, or the model does not run on those given.
+        TraceError: the model's control flow depends on tensor values.
+        ModelError: there is no convolution and no linear layer.
+        ConfigError: `config` does not fit the model.
+    """
+    if any(isinstance(m, GatedConv2d) for m in model.modules()):
+        raise ModelError("this model is prepared already; prune it, or prepare the original model.")
+    gm = trace(model, example_inputs)
+    plan = plan_gates(gm, analyse(gm), config)
+    return insert_gates(gm, plan)
+
+
+def prune(
+    gm: nn.Module, budget: Budget, importance: str | Importance = "l2", example_inputs: Any = None
+) -> PrunePlan:
+    """Prunes a prepared network in place to `budget` and returns the plan; what is dropped stays zero in training.
+
+    Groups are those learned; where the gates never learned, filters are clustered by their channel energies. May be
+    called again later to prune further.
+
+    Args:
+        gm: what `prepare` returned, perhaps trained since.
+        budget: fractions of the dense network that remain.
+        importance: "l2", or a function from a weight [O, C, kh, kw] to energies [O, C], none negative.
+        example_inputs: only where the budget should count another input size than the one prepared with.
+
+    Raises:
+        ModelError: `gm` is not prepared, or holds weights that are not finite.
+        BudgetError: the budget is below the floor this network can reach; names the floor. Nothing was changed.
+    """
+    if not isinstance(gm, TracedModule) or not any(isinstance(m, GatedConv2d) for m in gm.modules()):
+        raise ModelError(f"{type(gm).__name__} has no gated convolution; call gm = dspfx.prepare(model) first.")
+    energy = resolve(importance)
+    if example_inputs is not None:
+        propagate(gm, describe_inputs(gm, example_inputs))
+    channels = analyse(gm)
+    plan = plan_prune(gm, channels, budget, energy)
+    apply_masks(gm, plan, channels)
+    return plan
+
+
+def lower(
+    model: nn.Module, example_inputs: Any = None, *, fold: bool = True, width_multiple: int = 1
+) -> TracedModule:
+    """A smaller network of plain torch parts, in eval mode, equal to `model.eval()`; `model` is left as it was.
+
+    Works on a pruned network, and on any model with zeros in its weights. Channels that nobody needs are removed,
+    through residual streams where every producer and reader agrees; batch norms are folded; wide convolutions on
+    small maps are split into branches, all others stay one dense convolution. The plan is in `meta["lower_plan"]`.
+
+    Args:
+        model: a pruned network or any other model.
+        example_inputs: as for `prepare`; a prepared network remembers its own.
+        fold: fold batch norms into convolutions; False keeps them, for further training.
+        width_multiple: keep layer widths a multiple of this where they can be (8 suits ONNX Runtime).
+
+    Raises:
+        InputError, TraceError: as for `prepare`.
+        ModelError: a weight is not finite.
+    """
+    gm = eval_only(trace(model, example_inputs))
+    remove_gates(gm)
+    channels = analyse(gm)
+    plan = plan_lower(gm, channels, width_multiple)
+    shrink_channels(gm, channels, plan)
+    if fold:
+        fold_batchnorm(gm)
+    lower_convs(gm, plan)
+    gm.meta["lower_plan"] = plan
+    propagate(gm, gm.meta["inputs"])
+    return gm

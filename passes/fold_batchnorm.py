@@ -1,0 +1,44 @@
+"""Afterwards no batch norm in eval mode directly follows the only call of a convolution or linear layer.
+
+    conv -> bn -> relu      becomes      conv (scaled weights, shifted bias) -> relu
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from dspfx.graph.rules import is_plain
+from dspfx.graph.trace import TracedModule
+from dspfx.modules import replace_module
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def fold_batchnorm(gm: TracedModule) -> TracedModule:
+    """Folds in place; `gm` is in eval mode and stays there (its norms' statistics are gone)."""
+    calls = Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
+    for node in list(gm.graph.nodes):
+        if node.op != "call_module" or type(gm.get_submodule(str(node.target))) not in _NORMS:
+            continue
+        source = node.args[0] if node.args else None
+        if source is None or source.op != "call_module" or len(source.users) != 1:
+            continue
+        norm, layer = gm.get_submodule(str(node.target)), gm.get_submodule(str(source.target))
+        if calls[str(node.target)] > 1 or calls[str(source.target)] > 1 or norm.running_mean is None:
+            continue
+        if is_plain(layer, _CONVS):
+            fused: nn.Module = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]
+        elif is_plain(layer, (nn.Linear,)) and node.meta["val"].dim() == 2:
+            fused = fuse_linear_bn_eval(layer, norm)  # type: ignore[arg-type]
+        else:
+            continue
+        replace_module(gm, str(source.target), fused)
+        node.replace_all_uses_with(source)
+        gm.graph.erase_node(node)
+        gm.delete_submodule(str(node.target))
+    gm.recompile()
+    return gm

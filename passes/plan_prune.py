@@ -1,0 +1,250 @@
+"""Decides what every gated convolution keeps, so that a budget is met: one global threshold, exact liveness.
+
+Structures are group channels (a slab W[filters of g, c]) and, where liveness cannot reach them, whole filters. All
+of them stand in one order by their cumulative share of energy (METHOD, pruning); pruning drops a prefix of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspfx.config import Budget
+from dspfx.errors import BudgetError, ModelError
+from dspfx.graph.channels import ChannelGraph
+from dspfx.graph.cost import LayerCost, layer_costs
+from dspfx.graph.liveness import Liveness, Reads, liveness
+from dspfx.graph.trace import TracedModule
+from dspfx.method.clustering import cluster_filters
+from dspfx.method.importance import cumulative_share, group_energy
+from dspfx.modules import GatedConv2d
+from dspfx.plans import Group, PrunedLayer, PrunePlan
+
+Energy = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class _Layer:
+    """One gated convolution: group [O] (-1 dead), scores of group channels [G, C] and of filters [O]."""
+
+    name: str
+    group: Tensor
+    channel_scores: Tensor
+    filter_scores: Tensor
+
+
+@dataclass(eq=False)
+class _Kept:
+    """The state after dropping a prefix of structures, with dead filters and channels taken out."""
+
+    reads: dict[str, Reads]
+    flops: float
+    params: float
+    gated_flops: float
+    is_connected: bool
+
+
+def plan_prune(gm: TracedModule, channels: ChannelGraph, budget: Budget, energy: Energy) -> PrunePlan:
+    """The PrunePlan that drops the fewest structures, least energy first, such that `budget` holds.
+
+    `energy` maps a weight [O, C, kh, kw] to energies [O, C]. Layers that are pruned already keep their groups and
+    only lose more. Raises BudgetError, naming the floor, where the budget cannot be met, and ModelError where a
+    weight or an energy is not finite.
+    """
+    search = Search(gm, channels, energy)
+    low, high = 0, search.total  # dropping `high` structures meets the budget, or nothing does
+
+    def meets(kept: _Kept) -> bool:
+        return (budget.flops is None or kept.flops <= budget.flops) and (
+            budget.params is None or kept.params <= budget.params
+        )
+
+    while low < high:
+        middle = (low + high) // 2
+        kept = search.keep(middle)
+        if meets(kept) or not kept.is_connected:
+            high = middle
+        else:
+            low = middle + 1
+    kept = search.keep(low)
+    if not kept.is_connected or not meets(kept):
+        floor = search.keep(max(low - 1, 0)) if not kept.is_connected else kept
+        raise BudgetError(
+            f"{budget} is below what this network can reach: keeping one channel a group leaves {floor.flops:.4f} of "
+            f"the FLOPs and {floor.params:.4f} of the parameters (layers without a gate count in full). Raise the "
+            f"budget, use more groups, or gate more layers."
+        )
+    return search.plan(low)
+
+
+class Search:
+    """All structures of a gated network in the order in which they go; `keep(k)` drops the first k."""
+
+    def __init__(self, gm: TracedModule, channels: ChannelGraph, energy: Energy) -> None:
+        self.gm, self.channels = gm, channels
+        self.costs = layer_costs(gm)
+        self.gated = {name: m for name, m in gm.named_modules() if isinstance(m, GatedConv2d)}
+        if not self.gated:
+            raise ModelError(f"{gm._get_name()} has no gated convolution; call dspfx.prepare(model) before pruning.")
+        by_score = _filter_pruned(self, channels)
+        self.layers = [_score(name, m, energy, name in by_score) for name, m in self.gated.items() if name in self.costs]
+        flat = [s.flatten() for layer in self.layers for s in (layer.channel_scores, layer.filter_scores)]
+        self.scores = torch.cat(flat) if flat else torch.empty(0)
+        self.order = self.scores.argsort(stable=True)
+        self.already_gone = int((self.scores == float("-inf")).sum())
+        # A group's best channel scores 1 and stays.
+        self.total = int((self.scores < 1).sum()) - self.already_gone
+        self.dense = {
+            s.module: Reads.dense(len(s.out), len(s.ins[0])) for s in channels.steps if s.kind == "conv"
+        }
+
+    def _rows(self, dropped: int) -> dict[str, Reads]:
+        """What every convolution reads once the first `dropped` structures are gone, before liveness."""
+        kept = torch.ones(len(self.scores), dtype=torch.bool)
+        kept[self.order[: self.already_gone + dropped]] = False
+        reads = dict(self.dense)
+        offset = 0
+        for layer in self.layers:
+            parts = []
+            for scores in (layer.channel_scores, layer.filter_scores):
+                parts.append(kept[offset : offset + scores.numel()].reshape(scores.shape))
+                offset += scores.numel()
+            keep, alive = parts
+            reads[layer.name] = Reads(keep, torch.where(alive, layer.group, -1))
+        return reads
+
+    def keep(self, dropped: int) -> _Kept:
+        """Drops, takes out what became dead (one pass forward and back is the fixed point) and counts."""
+        reads = self._rows(dropped)
+        live = liveness(self.channels, reads)
+        reads, alive = _take_out_dead(self.channels, reads, live)
+        flops = params = dense_flops = dense_params = gated = gated_dense = 0.0
+        for name, cost in self.costs.items():
+            pairs = _pairs(name, cost, reads, alive)
+            flops += pairs * cost.macs_per_pair
+            params += pairs * cost.params_per_pair
+            dense_flops += cost.macs
+            dense_params += cost.params
+            if name in self.gated:
+                gated += pairs * cost.macs_per_pair
+                gated_dense += cost.macs
+        outputs = live.values[self.channels.pinned()]
+        return _Kept(
+            reads,
+            flops / max(dense_flops, 1),
+            params / max(dense_params, 1),
+            gated / max(gated_dense, 1),
+            bool(outputs.isnan().all()),
+        )
+
+    def plan(self, dropped: int) -> PrunePlan:
+        """The frozen form of `keep(dropped)`."""
+        kept = self.keep(dropped)
+        layers = []
+        for layer in self.layers:
+            read, cost = kept.reads[layer.name], self.costs[layer.name]
+            groups = []
+            for g in range(len(read.keep)):
+                filters = (read.row == g).nonzero().flatten().tolist()
+                groups.append(Group(tuple(filters), tuple(read.keep[g].nonzero().flatten().tolist()) if filters else ()))
+            pairs = sum(len(g.filters) * len(g.channels) for g in groups)
+            layers.append(
+                PrunedLayer(
+                    layer.name,
+                    cost.out_channels,
+                    cost.in_channels,
+                    tuple(groups),
+                    cost.macs,
+                    pairs * cost.macs_per_pair,
+                )
+            )
+        beta = float(self.scores[self.order[self.already_gone + dropped - 1]]) if dropped else 0.0
+        return PrunePlan(tuple(layers), kept.flops, kept.params, kept.gated_flops, beta)
+
+
+def _score(name: str, module: GatedConv2d, energy: Energy, by_filter: bool) -> _Layer:
+    weight = module.weight.detach().cpu()
+    pairs = energy(weight).double()
+    if pairs.shape != weight.shape[:2]:
+        raise ModelError(
+            f"the importance function gave shape {tuple(pairs.shape)} for {name}; it must give one energy a (filter, "
+            f"input channel) pair, {tuple(weight.shape[:2])}."
+        )
+    if not bool(pairs.isfinite().all()) or not bool(weight.isfinite().all()):
+        raise ModelError(f"{name} holds weights or energies that are not finite (NaN or infinity); restore a sound one.")
+    pairs = pairs * module.gate_mask().cpu()
+    if module.is_pruned:
+        group = module.gate_group.cpu()
+    elif module.is_learned:
+        group = module.gate_logits.argmax(0).cpu()
+    else:
+        group = cluster_filters(pairs, module.gate_groups)
+    filled = torch.zeros(module.gate_groups, dtype=torch.bool)
+    filled[group[group >= 0]] = True
+    eligible = module.gate_keep.cpu() & filled[:, None]
+    channel_scores = cumulative_share(group_energy(pairs, group, module.gate_groups), eligible)
+    filter_scores = torch.where(group >= 0, torch.tensor(1.0).double(), torch.tensor(float("-inf")).double())
+    if by_filter:
+        filter_scores = cumulative_share(pairs.sum(1), group >= 0)
+    return _Layer(name, group, channel_scores, filter_scores)
+
+
+def _filter_pruned(search: Search, channels: ChannelGraph) -> set[str]:
+    """Gated convolutions whose filters are scored one by one.
+
+    Elsewhere a filter dies when its only readers, gated convolutions, have dropped it. That cannot happen where the
+    filter is summed with another layer's (a residual stream has too many readers) or is read by an ungated layer.
+    A filter that the network's output or an unknown operation reads is never dropped.
+    """
+    makers = torch.zeros(channels.num_wires, dtype=torch.int64)
+    ungated = torch.zeros(channels.num_wires, dtype=torch.bool)
+    seen: set[str] = set()
+    for step in channels.steps:
+        if step.kind != "conv":
+            continue
+        if step.module not in seen:
+            seen.add(step.module)
+            makers.index_add_(0, channels.root[step.out], torch.ones(len(step.out), dtype=torch.int64))
+        if step.module not in search.gated:
+            ungated[channels.root[step.ins[0]]] = True
+    pinned = channels.pinned()
+    found = set()
+    for step in channels.steps:
+        roots = channels.root[step.out]
+        if step.module in search.gated and not bool(pinned[step.out].any()):
+            if bool((makers[roots] > 1).any() or ungated[roots].any()):
+                found.add(step.module)
+    return found
+
+
+def _take_out_dead(
+    channels: ChannelGraph, reads: dict[str, Reads], live: Liveness
+) -> tuple[dict[str, Reads], dict[str, Tensor]]:
+    """(reads without dead filters and channels, bool [O] a depthwise layer's living channels)."""
+    needed: dict[str, Tensor] = {}
+    fed: dict[str, Tensor] = {}
+    for step in channels.steps:  # a module called twice lives if any of its calls does
+        if step.kind in ("conv", "depthwise"):
+            out, source = live.needed[step.out], live.values[step.ins[0]] != 0
+            needed[step.module] = needed.get(step.module, torch.zeros_like(out)) | out
+            fed[step.module] = fed.get(step.module, torch.zeros_like(source)) | source
+    result = {}
+    for name, read in reads.items():
+        keep = read.keep & fed[name]
+        alive = needed[name] & (read.row >= 0) & keep.any(1)[read.row.clamp(min=0)]
+        result[name] = Reads(keep, torch.where(alive, read.row, -1))
+    return result, {name: needed[name] & fed[name] for name in needed if name not in reads}
+
+
+def _pairs(name: str, cost: LayerCost, reads: dict[str, Reads], alive: dict[str, Tensor]) -> int:
+    """Kept (filter, input channel) pairs of a layer; all of them where no rule followed it."""
+    if name in reads:
+        read = reads[name]
+        filters = torch.bincount(read.row[read.row >= 0], minlength=len(read.keep))
+        return int((filters * read.keep.sum(1)).sum())
+    if name in alive:
+        return int(alive[name].sum()) * cost.in_channels
+    return cost.out_channels * cost.in_channels
