@@ -739,6 +739,26 @@ def test_ranks_average_the_second_gradient(monkeypatch: pytest.MonkeyPatch, tmp_
         dist.destroy_process_group()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["fused", "exact"])
+def test_a_gpu_draws_the_same_samples_and_keeps_its_generator(mode: Mode) -> None:
+    averages = []
+    for device in ("cpu", "cuda"):
+        net = build().double().to(device)
+        net.dropout.p = 0.0
+        optimizer = sgd(net)
+        learner = GroupLearner(net, optimizer, 1, mode=mode)
+        x, y = (tensor.to(device) for tensor in data(0, torch.float64))
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        generator = torch.cuda.get_rng_state()
+        if mode == "exact":
+            learner.step(lambda x=x, y=y, net=net: F.dropout(F.cross_entropy(net(x), y), 0.0))  # type: ignore[misc]
+        assert torch.equal(torch.cuda.get_rng_state(), generator)
+        averages.append(learner.state_dict()["layers"]["a"]["exp_avg"].cpu())
+    assert torch.allclose(*averages, rtol=1e-6, atol=1e-12)
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
