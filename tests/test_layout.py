@@ -20,7 +20,7 @@ LAYERS = (
     {"passes"},
     {"gates", "second_pass", "learner", "storage"},
     {"deploy"},
-    {"pipeline"},
+    {"pipeline", "profiler", "coverage"},
     {"integrations"},
     {"__init__"},
     {"cli", "__main__"},

@@ -92,7 +92,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
         if example_inputs is not None:
             root.meta["inputs"] = describe_inputs(root, example_inputs)
         return root
-    inputs = describe_inputs(root, example_inputs) if example_inputs is not None else _guess_inputs(root)
+    inputs = describe_inputs(root, example_inputs) if example_inputs is not None else guess_inputs(root)
     training = root.training
     modes = {mode: _trace_mode(root, inputs, mode == "train") for mode in ("train", "eval")}
     root.train(training)
@@ -197,7 +197,7 @@ def eval_only(gm: TracedModule) -> TracedModule:
     return lean
 
 
-def _guess_inputs(model: nn.Module) -> Inputs:
+def guess_inputs(model: nn.Module) -> Inputs:
     """A batch of two images that the model accepts, from its first layer's width; InputError where none is found."""
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
     if isinstance(first, nn.Linear):
