@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from dspfx.config import GateConfig
@@ -9,10 +11,12 @@ from dspfx.errors import ConfigError, ModelError
 from dspfx.graph.channels import ChannelGraph
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.rules import is_plain
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.trace import TracedModule, all_graphs
 from dspfx.plans import GatePlan, GateSpec, Skipped
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+FUNCTIONAL = {F.conv1d, F.conv2d, F.conv3d, F.linear, torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 def plan_gates(gm: TracedModule, channels: ChannelGraph, config: GateConfig) -> GatePlan:
@@ -22,7 +26,8 @@ def plan_gates(gm: TracedModule, channels: ChannelGraph, config: GateConfig) -> 
     for more groups than the widest layer can hold.
     """
     layers = {name: module for name, module in gm.named_modules() if isinstance(module, LAYERS)}
-    if not layers:
+    functional = any(n.target in FUNCTIONAL for graph in all_graphs(gm) for n in graph.nodes)
+    if not layers and not functional:
         raise ModelError(
             f"{gm._get_name()} has no convolution and no linear layer among its modules: there is nothing to prune."
         )

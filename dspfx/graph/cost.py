@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dspfx.graph.channels import module_of
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.trace import TracedModule, eval_graph
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ class LayerCost:
     @property
     def params(self) -> int:
         return self.out_channels * self.in_channels * self.params_per_pair
-
-
-def eval_graph(gm: TracedModule) -> fx.Graph:
-    """The graph that runs in eval mode, whatever mode the module is in."""
-    return gm.meta["graphs"]["eval"] if "graphs" in gm.meta else gm.graph
 
 
 def layer_costs(gm: TracedModule) -> dict[str, LayerCost]:

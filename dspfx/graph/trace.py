@@ -107,6 +107,16 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
     return TracedModule.over(root, merged, meta)
 
 
+def eval_graph(gm: TracedModule) -> fx.Graph:
+    """The graph that runs in eval mode, whatever mode the module is in."""
+    return gm.meta["graphs"]["eval"] if "graphs" in gm.meta else gm.graph
+
+
+def all_graphs(gm: TracedModule) -> list[fx.Graph]:
+    """Both modes' graphs where they differ, else the one."""
+    return list(gm.meta["graphs"].values()) if "graphs" in gm.meta else [gm.graph]
+
+
 def describe_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     """Example inputs as meta tensors, after checking that the model runs on them (on fake tensors, so at no cost)."""
     inputs = Inputs.of(example_inputs)
@@ -169,7 +179,7 @@ def propagate(gm: TracedModule, inputs: Inputs) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = materialise(gm, inputs, mode)
     flat = list(inspect.signature(gm.forward).bind(*args, **kwargs).arguments.values())
-    for graph in gm.meta.get("graphs", {"only": gm.graph}).values():
+    for graph in all_graphs(gm):
         _Values(gm, graph=graph).run_on(mode, flat)
     gm.meta["inputs"] = inputs
 

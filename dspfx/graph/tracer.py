@@ -20,6 +20,13 @@ LEAF_TYPES: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.MultiheadAttention,
 )
+# Made from sizes alone: torch's own dispatch does not see a proxy among plain integers.
+_FACTORIES = (
+    *(torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn, torch.randint, torch.arange),
+    *(torch.linspace, torch.eye, torch.tensor),
+)
+_SYMBOLS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!=", "floordiv": "//", "truediv": "/"}
+_SYMBOLS |= {"add": "+", "sub": "-", "mul": "*", "mod": "%"}
 _UNKNOWN = object()
 
 
@@ -79,8 +86,11 @@ class ShapeTracer(fx.Tracer):
     node guards it; everything else stays symbolic, so the graph takes every size that takes the same branches.
     """
 
+    proxy_buffer_attributes = True  # a buffer stays a buffer, else its value of today would be baked in
+
     def __init__(self, example: dict[str, Any], mode: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=_FACTORIES)
+        self._autowrap_search.append(torch)
         self.example = example
         self.mode = mode
         self._evaluating = False
@@ -93,12 +103,27 @@ class ShapeTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ShapeProxy(node, self)
 
+    def create_node(self, kind: str, *rest: Any, **named: Any) -> fx.Node:
+        node = super().create_node(kind, *rest, **named)
+        if kind == "get_attr":
+            value = self._evaluate(node)
+            if value is not _UNKNOWN:
+                node.meta["val"] = value
+        return node
+
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         value = self._evaluate(proxy.node)
         if value is not _UNKNOWN:
             proxy.node.meta["val"] = value
         return proxy
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if node.target in _FACTORIES:
+                node.meta.pop("is_wrapped", None)  # else the generated code would wrap torch's functions for good
+        return graph
 
     def _evaluate(self, node: fx.Node) -> Any:
         """The node's value on the fake example inputs; _UNKNOWN where it depends on data."""
@@ -140,13 +165,13 @@ class ShapeTracer(fx.Tracer):
         if not isinstance(value, kind):
             what = "an unknown value" if value is _UNKNOWN else f"a {type(value).__name__}"
             raise TraceError(
-                f"the model needs the Python value of {node} ({node.op} {_name(node)}), {what}, while it is traced: "
+                f"the model needs the Python value of {_text(node)}, {what}, while it is traced: "
                 f"its control flow depends on tensor data."
             )
         if node not in self._guarded:
             self._guarded.add(node)
             where = self.scope.module_path or "the model"
-            self.create_node("call_function", expect, (node, value, f"{_name(node)} in {where}"), {})
+            self.create_node("call_function", expect, (node, value, f"{_text(node)} in {where}"), {})
         return value
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -171,6 +196,18 @@ def attribute(root: nn.Module, path: str) -> Any:
     return value
 
 
-def _name(node: fx.Node) -> str:
-    target = node.target
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+def _text(value: Any) -> str:
+    """A size or comparison as the model's author wrote it, as far as the graph tells: "x.shape[2] > 16"."""
+    if not isinstance(value, fx.Node):
+        return str(value)
+    name = value.target if isinstance(value.target, str) else getattr(value.target, "__name__", value.name)
+    args = [_text(a) for a in value.args]
+    if value.op == "call_function" and name in _SYMBOLS and len(args) == 2:
+        return f"{args[0]} {_SYMBOLS[name]} {args[1]}"
+    if value.op == "call_function" and name == "getattr":
+        return f"{args[0]}.{args[1]}"
+    if value.op == "call_function" and name == "getitem":
+        return f"{args[0]}[{args[1]}]"
+    if value.op == "call_method":
+        return f"{args[0]}.{name}({', '.join(args[1:])})"
+    return value.name

@@ -59,6 +59,13 @@ def delete(wires: Tensor, removed: Tensor) -> Tensor | None:
     for axis in range(small.dim()):
         others = [a for a in range(small.dim()) if a != axis]
         index.append(keep.any(dim=others) if others else keep)
+    if not bool(keep.any()):  # nothing is left: an empty tensor, along the axis that held the channels
+        axes = [a for a in range(small.dim()) if small.shape[a] > 1] or [min(1, small.dim() - 1)]
+        if len(axes) > 1:
+            return None
+        shape = list(wires.shape)
+        shape[axes[0]] = 0
+        return wires.new_empty(shape)
     block = torch.ones((), dtype=torch.bool)
     for axis, kept in enumerate(index):
         view = [1] * small.dim()

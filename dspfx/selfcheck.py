@@ -1,0 +1,188 @@
+"""Proof on a user's own model that pruning and lowering keep the function: random structure, float64, two batches."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dspfx.config import GateConfig, Inputs
+from dspfx.errors import MismatchError
+from dspfx.graph.analyse import analyse
+from dspfx.graph.trace import TracedModule, materialise
+from dspfx.modules import GatedConv2d
+from dspfx.passes.apply_masks import apply_masks
+from dspfx.passes.plan_prune import Search
+from dspfx.pipeline import lower, prepare
+
+TOLERANCE = 1e-9
+_SHARE_DROPPED = 0.6
+
+
+@dataclass(frozen=True)
+class SelfcheckReport:
+    """What `selfcheck` measured.
+
+    Attributes:
+        model: class name.
+        gated: number of gated convolutions.
+        flops_left: remaining fraction of MACs under the random plan.
+        flops_run: fraction of MACs that the lowered network executes.
+        error: largest difference masked against lowered in float64, relative to the output's scale.
+        float_error: the same in float32.
+        response: relative change of the output between two random inputs; near zero the comparison proves little.
+        batches: batch sizes compared.
+    """
+
+    model: str
+    gated: int
+    flops_left: float
+    flops_run: float
+    error: float
+    float_error: float
+    response: float
+    batches: tuple[int, ...]
+
+    def __str__(self) -> str:
+        dull = "" if self.response > 1e-3 else " (the outputs hardly respond to the input: this proves little)"
+        return (
+            f"{self.model}: {self.gated} gated convolutions, random plan with {self.flops_left:.1%} of FLOPs left, "
+            f"lowered runs {self.flops_run:.1%}; masked = lowered within {self.error:.1e} (float64), "
+            f"{self.float_error:.1e} (float32) at batches {', '.join(map(str, self.batches))}; outputs change by "
+            f"{self.response:.1e} between inputs{dull}"
+        )
+
+
+def selfcheck(
+    model: nn.Module, example_inputs: Any = None, config: GateConfig = GateConfig(), seed: int = 0
+) -> SelfcheckReport:
+    """Prunes a copy of `model` at random, lowers it, and compares both in float64; `model` and RNG are untouched.
+
+    Batch norms are given random scales and shifts and calibrated on random inputs first, since a freshly
+    initialised network hardly responds to its input and would agree with anything.
+
+    Raises:
+        MismatchError: outputs differ by more than 1e-9 of their scale, or nothing was pruned though something could.
+        InputError, TraceError, ModelError, ConfigError: as for `prepare`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _check(model, example_inputs, config)
+
+
+def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> SelfcheckReport:
+    double = copy.deepcopy(model).double()
+    gm = prepare(double, None if example_inputs is None else _as_double(Inputs.of(example_inputs)), config)
+    revive(gm)
+    gates = [m for m in gm.modules() if isinstance(m, GatedConv2d)]
+    for gate in gates:
+        gate.gate_logits.normal_()
+    channels = analyse(gm)
+    left = 1.0
+    if gates:
+        search = Search(gm, channels, lambda weight: torch.rand(weight.shape[:2]))
+        dropped = _connected(search, int(_SHARE_DROPPED * search.total))
+        plan = search.plan(dropped)
+        left = plan.flops_left
+        apply_masks(gm, plan, channels)
+        if search.total and left == 1.0:
+            raise MismatchError(
+                f"{type(model).__name__}: of {search.total} structures none could be pruned without cutting the "
+                f"network in two; nothing was compared."
+            )
+    gm.eval()
+    small = lower(gm)
+    batches = (1, 5)
+    error, response = 0.0, float("inf")
+    for batch in batches:
+        worst, change = _compare(gm, small, batch)
+        error, response = max(error, worst), min(response, change)
+    if error > TOLERANCE:
+        raise MismatchError(
+            f"{type(model).__name__}: the lowered network differs from the masked one by {error:.2e} of the output's "
+            f"scale, allowed is {TOLERANCE:.0e} in float64. Please report this model; do not use its lowered form."
+        )
+    float_error = max(_compare(gm.float(), small.float(), batch)[0] for batch in batches)
+    run = small.meta["lower_plan"].flops_run
+    return SelfcheckReport(type(model).__name__, len(gates), left, run, error, float_error, response, batches)
+
+
+def revive(gm: TracedModule) -> None:
+    """Random scales and shifts for every batch norm, and statistics of what random inputs make it see."""
+    norms = [m for m in gm.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    modes = [(m, m.training) for m in gm.modules()]
+    for norm in norms:
+        if norm.affine:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.2)
+        norm.reset_running_stats()
+    momenta = [norm.momentum for norm in norms]
+    gm.train()
+    with torch.no_grad():
+        for _ in range(2 if norms else 0):
+            for norm in norms:
+                norm.momentum = None  # a cumulative average over the batches
+            args, kwargs = random_inputs(gm, 8)
+            gm(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    gm.train(modes[0][1])
+    for module, mode in modes:
+        module.training = mode
+
+
+def random_inputs(gm: TracedModule, batch: int) -> tuple[Any, Any]:
+    """(args, kwargs) like the network's example inputs, of another batch size, from the global RNG."""
+    inputs: Inputs = gm.meta["inputs"]
+    leaves = [x for x in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]
+    old = leaves[0].shape[0]
+    dtype = next((p.dtype for p in gm.parameters()), torch.float32)
+
+    def resize(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        shape = (batch, *x.shape[1:]) if x.dim() and x.shape[0] == old else x.shape
+        return torch.empty(shape, dtype=dtype if x.is_floating_point() else x.dtype, device="meta")
+
+    resized = Inputs(*pytree.tree_map(resize, inputs.args), **pytree.tree_map(resize, inputs.kwargs))
+    args, kwargs = materialise(gm, resized)
+
+    def noise(x: Any) -> Any:
+        return torch.randn_like(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return pytree.tree_map(noise, args), pytree.tree_map(noise, kwargs)
+
+
+def _compare(masked: TracedModule, small: TracedModule, batch: int) -> tuple[float, float]:
+    """(largest difference over all outputs, relative change between two inputs), both of the outputs' scale."""
+    one, two = random_inputs(masked, batch), random_inputs(masked, batch)
+    with torch.no_grad():
+        a, b, other = (_tensors(net(*args, **kwargs)) for net, (args, kwargs) in ((masked, one), (small, one), (masked, two)))
+    worst, change = 0.0, 0.0
+    for x, y, z in zip(a, b, other, strict=True):
+        scale = max(float(x.abs().max()), 1e-30)
+        worst = max(worst, float((x - y).abs().max()) / scale)
+        change = max(change, float((x - z).abs().max()) / scale)
+    return worst, change
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+
+
+def _as_double(inputs: Inputs) -> Inputs:
+    def double(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return Inputs(*pytree.tree_map(double, inputs.args), **pytree.tree_map(double, inputs.kwargs))
+
+
+def _connected(search: Search, dropped: int) -> int:
+    """The largest number of dropped structures, halving from `dropped`, that leaves the outputs responsive."""
+    while dropped and not search.keep(dropped).is_connected:
+        dropped //= 2
+    return dropped
