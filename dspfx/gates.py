@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from dspfx.errors import MismatchError, ModelError
 from dspfx.method import grouping
+from dspfx.method.clustering import cluster_filters
 from dspfx.modules import GatedConv2d
 from dspfx.plans import GatePlan
 
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # Adam's usual ones; the paper names only the learning rate
+_LEAN = 0.5  # at tau 0.5 and four groups a filter stays with its cluster in about half of the samples
 
 
 @dataclass
@@ -28,6 +30,16 @@ class Gate:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     steps: int = 0
+
+    def lean_towards_clusters(self) -> None:
+        """Starts logits that are all zero at `_LEAN` for the group that clustering gives each filter."""
+        if self.conv.is_learned or self.conv.gate_groups == 1:
+            return
+        energy = grouping.kernel_energy(self.conv.weight.detach())
+        if not bool(energy.isfinite().all()):
+            return  # the first step names the layer
+        group = cluster_filters(energy.cpu(), self.conv.gate_groups).to(energy.device)
+        self.conv.gate_logits.scatter_(0, group[None], _LEAN)
 
 
 @dataclass(frozen=True)

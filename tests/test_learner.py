@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dspfx.config import GateConfig
 from dspfx.errors import ConfigError, DspfxError, MismatchError, ModelError, StorageError
 from dspfx.learner import GroupLearner
+from dspfx.method.clustering import cluster_filters
 from dspfx.modules import GatedConv2d
 from dspfx.plans import GatePlan, GateSpec
 
@@ -157,7 +158,9 @@ def test_first_step_equals_the_formulas_by_autograd(mode: Mode) -> None:
     for net in nets:
         net.dropout.p = 0.0
         optimizer = sgd(net)
-        learner = GroupLearner(net, optimizer, 4, strength=strength, mode=mode) if net is nets[0] else None
+        learner = (
+            GroupLearner(net, optimizer, 4, strength=strength, mode=mode, start="zeros") if net is nets[0] else None
+        )
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
         if learner is not None and mode == "exact":
@@ -183,7 +186,7 @@ def test_first_step_equals_the_formulas_by_autograd(mode: Mode) -> None:
 def test_logits_follow_torch_adam_over_many_steps() -> None:
     net = build().double()
     optimizer = sgd(net)
-    learner = GroupLearner(net, optimizer, 4, strength=0.02)
+    learner = GroupLearner(net, optimizer, 4, strength=0.02, start="zeros")
     copies = {name: torch.zeros_like(conv.gate_logits, requires_grad=True) for name, conv in gated(net).items()}
     reference = torch.optim.Adam(copies.values(), lr=1e-3)
     previous = {name: torch.zeros_like(value) for name, value in copies.items()}
@@ -676,10 +679,25 @@ def test_a_foreign_state_is_refused_and_changes_nothing(
 # The rest of the interface -------------------------------------------------------------------------------------------
 
 
+def test_short_runs_start_from_clusters_and_nothing_learned_is_overwritten() -> None:
+    net = build()
+    learned = gated(net)
+    first, *others = learned.values()
+    first.gate_logits[1] = 0.25
+    before = first.gate_logits.clone()
+    GroupLearner(net, sgd(net), 5)
+    assert torch.equal(first.gate_logits, before)
+    for conv in others:
+        energy = conv.weight.detach().square().sum((2, 3))
+        clusters = cluster_filters(energy, conv.gate_groups)
+        assert torch.equal(conv.gate_logits.argmax(0), clusters)
+        assert conv.gate_logits.unique().tolist() == [0.0, 0.5]
+
+
 def test_stats() -> None:
     net = build()
     optimizer = sgd(net)
-    learner = GroupLearner(net, optimizer, 5)
+    learner = GroupLearner(net, optimizer, 5, start="zeros")
     start = learner.stats()
     assert start["steps"] == 0
     assert start["hypergradient"] == 0

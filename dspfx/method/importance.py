@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from dspfx.errors import ConfigError
+from dspfx.method.grouping import kernel_energy
 
 Importance = Callable[[Tensor], Tensor]
 
 
-def l2(weight: Tensor) -> Tensor:
-    """Energy [O, C] of every (filter, input channel) pair of a weight [O, C, kh, kw]: its squared Frobenius norm."""
-    return weight.double().square().sum((2, 3))
-
-
 def resolve(importance: str | Importance) -> Importance:
-    """The energy function of a name, or the user's own: weight [O, C, kh, kw] -> energy [O, C], >= 0."""
+    """The energy function of a name, or the user's own: weight [O, C, kh, kw] -> energy [O, C], >= 0.
+
+    "l2" is the squared Frobenius norm of each kernel, the paper's.
+    """
     if callable(importance):
         return importance
     if importance == "l2":
-        return l2
+        return kernel_energy
     raise ConfigError(f"importance is {importance!r}; give 'l2' or a function from a weight [O, C, kh, kw] to [O, C].")
 
 
