@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     write_text(out / "plan.json", plan.to_json())
     rows = measure(networks, data, example, plan, settings, out)
     report.write(out, settings, machine, plan, rows, {name: stage.curve for name, stage in curves.items()})
-    say(f"\n{report.show(out)}")
+    say("\n" + report.show(out))
 
 
 def rehearse(dense: nn.Module, example: Tensor, settings: Settings) -> None:
@@ -152,13 +152,15 @@ def measure(
     rows = []
     for name, network in networks.items():
         profile = dspfx.profile(network, example[:1])
-        is_masked = name == "pruned"
+        is_compressed = name in ("pruned", "lowered")
         rows.append(
             report.Row(
                 name=name,
                 test=evaluate(network, test, settings.recipe.batch_size),
-                flops=round(profile.flops * plan.flops_left) if is_masked else profile.flops,
-                params=round(profile.params * plan.params_left) if is_masked else profile.params,
+                flops_needed=plan.flops_left if is_compressed else 1.0,
+                params_needed=plan.params_left if is_compressed else 1.0,
+                flops=profile.flops,
+                params=profile.params,
                 file_bytes=files[name].stat().st_size,
                 latency_ms=timing[name].median_ms,
                 latency_ratio=timing[name].ratio,

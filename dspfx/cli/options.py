@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ from dspfx.cli.training import Recipe, Stage
 from dspfx.config import Budget, GateConfig
 from dspfx.errors import ConfigError
 
+Value = TypeVar("Value", int, float)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -32,8 +33,17 @@ class Epochs:
                 raise ConfigError(f"--epochs-{field.name} is {getattr(self, field.name)}; give 0 or more.")
 
 
-QUICK_EPOCHS = Epochs(dense=10, learn=6, tune=10)  # digits: minutes on two cores
-FULL_EPOCHS = Epochs(dense=120, learn=60, tune=60)
+@dataclass(frozen=True)
+class Defaults:
+    """What depends on the data."""
+
+    epochs: Epochs
+    batch_size: int
+    lr_tune: float
+
+
+QUICK = Defaults(Epochs(dense=10, learn=6, tune=10), batch_size=64, lr_tune=0.1)  # digits: minutes on two cores
+FULL = Defaults(Epochs(dense=120, learn=60, tune=60), batch_size=128, lr_tune=0.05)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--epochs-tune", type=int, help="fine-tuning what is left (default: digits 10, otherwise 60)")
     train.add_argument("--batch-size", type=int, help="(default: digits 64, otherwise 128)")
     train.add_argument("--lr", type=float, default=0.05, help="dense training and learning (default: %(default)s)")
-    train.add_argument("--lr-tune", type=float, default=0.02, help="fine-tuning (default: %(default)s)")
+    train.add_argument("--lr-tune", type=float, help="fine-tuning (default: digits 0.1, otherwise 0.05)")
     train.add_argument("--weight-decay", type=float, default=5e-4, help="(default: %(default)s)")
     train.add_argument("--label-smoothing", type=float, default=0.0, help="(default: %(default)s)")
     train.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
@@ -151,8 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_settings(args: argparse.Namespace) -> Settings:
     """The checked settings; raises ConfigError or BudgetError that names the option."""
-    is_quick = args.data == "digits"
-    default = QUICK_EPOCHS if is_quick else FULL_EPOCHS
+    default = QUICK if args.data == "digits" else FULL
     data_config = DataConfig(
         spec=args.data,
         image_size=args.image_size,
@@ -163,11 +172,11 @@ def read_settings(args: argparse.Namespace) -> Settings:
         val_fraction=args.val_fraction,
         seed=args.seed,
     )
-    batch_size = _given(args.batch_size, 64 if is_quick else 128)
+    batch_size = _given(args.batch_size, default.batch_size)
     epochs = Epochs(
-        dense=_given(args.epochs_dense, 0 if args.checkpoint else default.dense),
-        learn=0 if args.one_shot else _given(args.epochs_learn, default.learn),
-        tune=0 if args.one_shot else _given(args.epochs_tune, default.tune),
+        dense=_given(args.epochs_dense, 0 if args.checkpoint else default.epochs.dense),
+        learn=0 if args.one_shot else _given(args.epochs_learn, default.epochs.learn),
+        tune=0 if args.one_shot else _given(args.epochs_tune, default.epochs.tune),
     )
     return Settings(
         model=args.model,
@@ -176,7 +185,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         recipe=Recipe(batch_size, args.weight_decay, args.label_smoothing, args.seed),
         epochs=epochs,
         lr=args.lr,
-        lr_tune=args.lr_tune,
+        lr_tune=_given(args.lr_tune, default.lr_tune),
         gates=GateConfig(groups=args.groups),
         budget=Budget(**dict(args.budget)),
         mode=args.mode,
@@ -206,7 +215,7 @@ def set_machine(args: argparse.Namespace) -> Machine:
     return Machine(device, args.workers)
 
 
-def _given(value: int | None, default: int) -> int:
+def _given(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 

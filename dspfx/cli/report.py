@@ -18,15 +18,28 @@ from dspfx.cli.training import Score
 from dspfx.plans import PrunePlan
 
 FILE = "results.json"
+HEADERS = (
+    "network", "test accuracy", "FLOPs needed", "executed", "weights needed", "stored", "file", "latency"
+)  # fmt: skip
 TITLES = {"control": "dense, trained as long"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network: its score on the test split, FLOPs of one image, parameters, bytes on disk, speed at batch 1."""
+    """One network, measured.
+
+    Attributes:
+        test: its score on the test split.
+        flops_needed, params_needed: share of the dense network's that its kept weights need.
+        flops, params: what PyTorch executes for one image, and the parameters it stores.
+        file_bytes: on disk.
+        latency_ms, latency_ratio: at batch 1, and over that of the dense network.
+    """
 
     name: str
     test: Score
+    flops_needed: float
+    params_needed: float
     flops: int
     params: int
     file_bytes: int
@@ -73,20 +86,23 @@ def show(out: Path) -> str:
         (
             TITLES.get(name, name),
             f"{row['test']['accuracy']:.2%}",
-            f"{row['flops'] / 1e6:.2f} M ({row['flops'] / dense['flops']:.1%})",
-            f"{row['params'] / 1e3:.1f} k ({row['params'] / dense['params']:.1%})",
+            f"{row['flops_needed']:.1%}",
+            f"{row['flops'] / 1e6:.1f} M ({row['flops'] / dense['flops']:.0%})",
+            f"{row['params_needed']:.1%}",
+            f"{row['params'] / 1e3:.1f} k ({row['params'] / dense['params']:.0%})",
             f"{row['file_bytes'] / 1e3:.0f} kB",
             f"{row['latency_ms']:.2f} ms ({row['latency_ratio']:.2f}x)",
         )
         for name, row in networks.items()
     ]
-    table = tabulate(rows, headers=["network", "test accuracy", "FLOPs", "parameters", "file", "latency, batch 1"])
+    table = tabulate(rows, headers=HEADERS)
     images, machine = dense["test"]["images"], content["machine"]
     limit = content["arguments"]["limit_train"]
     notes = [
-        f"Accuracy on {images} test images, read once. Latency in PyTorch on {machine['device']}, "
-        f"{machine['threads']} CPU threads. FLOPs and parameters of the pruned network: as the plan counts them.",
-        f"Kept for use: {out / 'network.safetensors'} (dspfx.load reads it). All numbers: {out / FILE}",
+        f"Accuracy on {images} test images, read once. Needed: by the weights that were kept, groups counted exactly; "
+        "executed and stored: in PyTorch.",
+        f"Latency at batch 1 in PyTorch on {machine['device']}, {machine['threads']} CPU threads.",
+        f"The network is {out / 'network.safetensors'} (for dspfx.load), all numbers are in {out / FILE}.",
     ]
     if limit is not None:
         notes.insert(1, f"Trained on {limit} images only (--limit-train).")
