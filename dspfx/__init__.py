@@ -1,9 +1,22 @@
 """dspfx: turns a trained convolutional network into a smaller one that is really faster."""
 
 from dspfx.config import Budget, GateConfig, Inputs
+from dspfx.coverage import coverage
 from dspfx.errors import DspfxError
 from dspfx.learner import GroupLearner
 from dspfx.pipeline import lower, prepare, prune
+from dspfx.profiler import profile
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "DspfxError", "GateConfig", "GroupLearner", "Inputs", "lower", "prepare", "prune"]
+__all__ = [
+    "Budget",
+    "DspfxError",
+    "GateConfig",
+    "GroupLearner",
+    "Inputs",
+    "coverage",
+    "lower",
+    "prepare",
+    "profile",
+    "prune",
+]

@@ -63,7 +63,7 @@ class Profile(Plan):
             for row in self.layers
         ]
         headers = ["layer", "type", "weight", "FLOPs", "parameters"]
-        table = tabulate(rows, headers=headers, colalign=("left", "left", "left", "right", "right"))
+        table = tabulate(rows, headers, colalign=("left", "left", "left", "right", "right"), disable_numparse=True)
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
         lines = [
             table,

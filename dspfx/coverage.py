@@ -1,0 +1,111 @@
+"""How much of a prepared network can be pruned, and what holds the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dspfx.errors import ModelError
+from dspfx.graph.analyse import analyse
+from dspfx.graph.channels import ChannelGraph
+from dspfx.graph.trace import TracedModule
+from dspfx.plans import GatePlan, Plan
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Filters whose channel must stay: why, how many of all layers', and the graph's nodes that hold them."""
+
+    reason: str
+    filters: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Coverage(Plan):
+    """What `prepare` could and could not do with a network.
+
+    Attributes:
+        inputs: shapes of the inputs it was traced with, given or guessed.
+        plan: the gated layers, and the skipped ones with their reasons.
+        gated: share, in 0 .. 1, of all layers' multiply-adds that gated layers make.
+        prunable: share that can go: gated layers in full, and of the others the (filter, input channel) pairs whose
+            filter or channel nothing pins.
+        pins: what must stay, most filters first.
+    """
+
+    inputs: tuple[tuple[int, ...], ...]
+    plan: GatePlan
+    gated: float
+    prunable: float
+    pins: tuple[Pinned, ...]
+
+    def __str__(self) -> str:
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
+        total = len(self.plan.layers) + len(self.plan.skipped)
+        lines = [
+            str(self.plan),
+            f"{len(self.plan.layers)} of {total} layers are gated; they make {self.gated:.1%} of the multiply-adds, "
+            f"and {self.prunable:.1%} can be pruned (traced with an input of {shapes})",
+        ]
+        if self.pins:
+            rows = [(pin.filters, pin.reason, _abridged(pin.nodes)) for pin in self.pins]
+            lines += ["", tabulate(rows, headers=["filters", "must stay because", "at"])]
+        return "\n".join(lines)
+
+
+def coverage(gm: nn.Module) -> Coverage:
+    """The Coverage of a prepared network, which is left as it was; raises ModelError for any other."""
+    plan = gm.meta.get("gate_plan") if isinstance(gm, TracedModule) else None
+    if not isinstance(gm, TracedModule) or plan is None:
+        raise ModelError(f"{type(gm).__name__} is not a prepared network; call gm = dspfx.prepare(model) first.")
+    channels = analyse(gm)
+    pairs = _prunable_pairs(channels)
+    gated = sum(spec.macs for spec in plan.layers)
+    freed = sum(layer.macs * pairs.get(layer.name, 0.0) for layer in plan.skipped)
+    total = max(gated + sum(layer.macs for layer in plan.skipped), 1)
+    inputs = gm.meta["inputs"]
+    leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+    return Coverage(
+        inputs=tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor)),
+        plan=plan,
+        gated=gated / total,
+        prunable=(gated + freed) / total,
+        pins=_pins(channels),
+    )
+
+
+def _prunable_pairs(channels: ChannelGraph) -> dict[str, float]:
+    """Layer -> the share of its (filter, input channel) pairs of which one side is not pinned."""
+    pinned = channels.pinned().double()
+    shares = {}
+    for step in channels.steps:
+        if step.kind == "conv":
+            shares[step.module] = 1 - float(pinned[step.out].mean() * pinned[step.ins[0]].mean())
+        elif step.kind == "depthwise":  # a pair of its own for every filter
+            shares[step.module] = 1 - float(pinned[step.out].mean())
+    return shares
+
+
+def _pins(channels: ChannelGraph) -> tuple[Pinned, ...]:
+    """The pins of channels that layers make, by reason; a layer called twice counts once."""
+    made = {step.module: step.out for step in reversed(channels.steps) if step.kind in ("conv", "depthwise")}
+    count: dict[str, int] = defaultdict(int)
+    nodes: dict[str, dict[str, None]] = defaultdict(dict)
+    for out in reversed(made.values()):
+        for root in channels.root[out].tolist():
+            pin = channels.pins.get(root)
+            if pin is not None:
+                count[pin.reason] += 1
+                nodes[pin.reason][pin.node] = None
+    order = sorted(count, key=lambda reason: -count[reason])
+    return tuple(Pinned(reason, count[reason], tuple(nodes[reason])) for reason in order)
+
+
+def _abridged(nodes: tuple[str, ...]) -> str:
+    more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+    return ", ".join(nodes[:3]) + more
