@@ -8,7 +8,8 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.optim import SGD
 
 import dspfx
 from dspfx.cli import models, report
@@ -45,11 +46,12 @@ def run(args: argparse.Namespace) -> None:
     trainer = Trainer(settings.recipe, data.train, data.val, checkpoints)
     example = next(data.val.in_order(2))[0]
 
+    torch.manual_seed(settings.recipe.seed)
     dense = models.build(settings.model, len(data.classes))
     if settings.checkpoint is not None:
         models.load_checkpoint(dense, Path(settings.checkpoint))
     dense.to(machine.device)
-    rehearse(dense, example, settings)
+    rehearse(dense, example, settings, trainer)
     curves = {"dense": train_dense(dense, settings, trainer)}
     gm = dspfx.prepare(dense, example, settings.gates)
     curves["learn"] = learn(gm, settings, trainer)
@@ -66,11 +68,19 @@ def run(args: argparse.Namespace) -> None:
     say("\n" + report.show(out))
 
 
-def rehearse(dense: nn.Module, example: Tensor, settings: Settings) -> None:
-    """Prints what can be gated; an untraceable model or an infeasible budget ends the run here, before any training."""
+def rehearse(dense: nn.Module, example: Tensor, settings: Settings, trainer: Trainer) -> None:
+    """Prints what can be gated; whatever prepare, GroupLearner or prune refuse ends the run here, before training."""
     gm = dspfx.prepare(dense, example, settings.gates)
     say(str(dspfx.coverage(gm)))
+    make_learner(gm, trainer.optimizer(gm), 1, settings).close()
     dspfx.prune(gm, settings.budget, example_inputs=example)
+
+
+def make_learner(gm: nn.Module, optimizer: SGD, steps: int, settings: Settings) -> dspfx.GroupLearner:
+    """The learner that the settings ask for."""
+    return dspfx.GroupLearner(
+        gm, optimizer, steps, strength=settings.strength, mode=settings.mode, seed=settings.recipe.seed
+    )
 
 
 def train_dense(dense: nn.Module, settings: Settings, trainer: Trainer) -> Progress:
@@ -80,19 +90,17 @@ def train_dense(dense: nn.Module, settings: Settings, trainer: Trainer) -> Progr
     return progress
 
 
-def learn(gm: fx.GraphModule, settings: Settings, trainer: Trainer) -> Progress:
+def learn(gm: nn.Module, settings: Settings, trainer: Trainer) -> Progress:
     """Trains the network and the groups of its gates together (DSP, section 3)."""
     stage = settings.stage("learn")
     if stage.epochs == 0:
         return Progress()
     optimizer, steps = trainer.optimizer(gm), stage.epochs * trainer.steps
-    with dspfx.GroupLearner(
-        gm, optimizer, steps, strength=settings.strength, mode=settings.mode, seed=settings.recipe.seed
-    ) as learner:
+    with make_learner(gm, optimizer, steps, settings) as learner:
         return trainer.fit(gm, optimizer, stage, learner)
 
 
-def prune(gm: fx.GraphModule, example: Tensor, settings: Settings, trainer: Trainer) -> PrunePlan:
+def prune(gm: nn.Module, example: Tensor, settings: Settings, trainer: Trainer) -> PrunePlan:
     """Prunes `gm` to the budget and re-calibrates its batch norms, or repeats what an earlier start decided."""
     path = trainer.folder / "pruned.pt"
     state = load_state(path)
@@ -108,7 +116,7 @@ def prune(gm: fx.GraphModule, example: Tensor, settings: Settings, trainer: Trai
     return plan
 
 
-def tune(gm: fx.GraphModule, settings: Settings, trainer: Trainer) -> Progress:
+def tune(gm: nn.Module, settings: Settings, trainer: Trainer) -> Progress:
     """Fine-tunes what is left; what was pruned stays zero."""
     return trainer.fit(gm, trainer.optimizer(gm), settings.stage("tune"))
 
@@ -120,7 +128,7 @@ def train_control(dense: nn.Module, settings: Settings, trainer: Trainer) -> tup
 
 
 @torch.no_grad()
-def check_equal(gm: fx.GraphModule, small: nn.Module, example: Tensor) -> None:
+def check_equal(gm: nn.Module, small: nn.Module, example: Tensor) -> None:
     """Raises MismatchError where the lowered network answers otherwise than the pruned one."""
     gm.eval()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -114,7 +114,7 @@ def build(name: str, num_classes: int) -> nn.Module:
 def check_name(name: str) -> None:
     """Raises ConfigError for a name that neither this module nor torchvision knows."""
     if name not in BUILT_IN and name not in torchvision.models.list_models(module=torchvision.models):
-        raise ConfigError(f"--model {name!r} is not known; give one of {HELP}.")
+        raise ConfigError(f"network {name!r} is not known; give one of {HELP}.")
 
 
 def default_image_size(name: str) -> int:

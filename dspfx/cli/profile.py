@@ -36,8 +36,11 @@ def run(args: argparse.Namespace) -> None:
     """Prints the profile of `args.network`, or of it and `args.against`; raises DspfxError."""
     names = [args.network] if args.against is None else [args.network, args.against]
     known = [name for name in names if not Path(name).is_file()]
-    size = models.default_image_size(known[0]) if known else None
-    example = torch.zeros(args.input or (1, 3, size, size)) if args.input or size else None
+    shape = args.input
+    if shape is None and known:
+        size = models.default_image_size(known[0])
+        shape = (1, 3, size, size)
+    example = None if shape is None else torch.zeros(shape)  # a saved network knows its own
     classes = args.classes or (10 if known and known[0] in models.BUILT_IN else 1000)
     profiles = [dspfx.profile(_open(name, known[:1], classes), example) for name in names]
     if args.json:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def test_another_run_in_the_same_folder_is_refused(finished: Path, capsys: pytes
 
 
 @pytest.fixture(params=["dense", "learn", "tune"])
-def killed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def killed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A run that got `kill -9` soon after the first epoch of a stage."""
     path = tmp_path / "checkpoints" / f"{request.param}.pt"
     process = subprocess.Popen([sys.executable, "-m", "dspfx", *command(tmp_path)], stdout=subprocess.DEVNULL)

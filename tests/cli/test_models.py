@@ -65,12 +65,12 @@ def test_torchvision_names_keep_their_meaning() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"--model 'resnet21' is not known; give one of {models.HELP}.")):
+    with pytest.raises(ConfigError, match=re.escape(f"network 'resnet21' is not known; give one of {models.HELP}.")):
         models.build("resnet21", 10)
 
 
 def test_detectors_are_no_classifiers() -> None:
-    with pytest.raises(ConfigError, match="'fasterrcnn_resnet50_fpn' is not known"):
+    with pytest.raises(ConfigError, match="network 'fasterrcnn_resnet50_fpn' is not known"):
         models.build("fasterrcnn_resnet50_fpn", 10)
 
 

@@ -69,7 +69,7 @@ def test_flat_settings_show_what_was_given() -> None:
     ("line", "kind", "message"),
     [
         ("--budget flops=0", BudgetError, "Budget.flops is 0.0; give the fraction that remains, in (0, 1]"),
-        ("--model resnet21", ConfigError, "--model 'resnet21' is not known; give one of resnet20, resnet32"),
+        ("--model resnet21", ConfigError, "network 'resnet21' is not known; give one of resnet20, resnet32"),
         ("--groups 0", ConfigError, "GateConfig.groups is 0; give an integer of at least 1"),
         ("--epochs-learn -1", ConfigError, "--epochs-learn is -1; give 0 or more."),
         ("--lr 0", ConfigError, "--lr is 0.0; give a positive number."),

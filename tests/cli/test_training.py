@@ -175,7 +175,8 @@ def test_recalibrated_batch_norms_hold_the_mean_over_batches() -> None:
     variance = torch.stack([out.transpose(0, 1).flatten(1).var(1) for out in outputs]).mean(0)
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, variance)
-    assert (norm.momentum, norm.training, model.training, model[5].training) == (0.1, False, True, True)
+    assert norm.momentum == 0.1
+    assert [norm.training, model.training, model[5].training] == [False, True, True]
     assert all(map(torch.equal, weights, model.parameters()))
 
 
