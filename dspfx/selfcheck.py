@@ -94,6 +94,7 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> Selfche
                 f"{type(model).__name__}: of {search.total} structures none could be pruned without cutting the "
                 f"network in two; nothing was compared."
             )
+    calibrate(gm)
     gm.eval()
     small = lower(gm)
     batches = (1, 5)
@@ -112,20 +113,24 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> Selfche
 
 
 def revive(gm: TracedModule) -> None:
-    """Random scales and shifts for every batch norm, and statistics of what random inputs make it see."""
-    norms = [m for m in gm.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    modes = [(m, m.training) for m in gm.modules()]
-    for norm in norms:
+    """Random scales and shifts for every batch norm."""
+    for norm in _norms(gm):
         if norm.affine:
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias, std=0.2)
-        norm.reset_running_stats()
+
+
+def calibrate(gm: TracedModule) -> None:
+    """Gives every batch norm the statistics of what random inputs make it see."""
+    norms = _norms(gm)
+    modes = [(m, m.training) for m in gm.modules()]
     momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average over the batches
     gm.train()
     with torch.no_grad():
         for _ in range(2 if norms else 0):
-            for norm in norms:
-                norm.momentum = None  # a cumulative average over the batches
             args, kwargs = random_inputs(gm, 8)
             gm(*args, **kwargs)
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -133,6 +138,10 @@ def revive(gm: TracedModule) -> None:
     gm.train(modes[0][1])
     for module, mode in modes:
         module.training = mode
+
+
+def _norms(gm: TracedModule) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in gm.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def random_inputs(gm: TracedModule, batch: int) -> tuple[Any, Any]:
