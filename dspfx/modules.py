@@ -33,10 +33,8 @@ class GatedConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, **options)
         if self.groups != 1:
             raise ConfigError(f"GatedConv2d gates dense convolutions only; this one has groups={self.groups}.")
-        device = self.weight.device
-        self.register_buffer("gate_logits", torch.zeros(gate_groups, out_channels, device=device))
-        self.register_buffer("gate_group", torch.zeros(out_channels, dtype=torch.int64, device=device))
-        self.register_buffer("gate_keep", torch.ones(gate_groups, in_channels, dtype=torch.bool, device=device))
+        for key, value in _fresh_gates(gate_groups, self.out_channels, self.in_channels, self.weight.device).items():
+            self.register_buffer(key, value)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, gate_groups: int) -> GatedConv2d:
@@ -50,14 +48,13 @@ class GatedConv2d(nn.Conv2d):
             dilation=conv.dilation,
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
-            device="meta",
+            device="meta",  # no memory, and no random numbers drawn for weights that nobody will see
             gate_groups=gate_groups,
         )
         gated.weight, gated.bias = conv.weight, conv.bias
-        for key, value in cls(1, 1, 1, gate_groups=1).named_buffers():
-            shape = getattr(gated, key).shape
-            fill = torch.ones if value.dtype == torch.bool else torch.zeros
-            setattr(gated, key, fill(shape, dtype=value.dtype, device=conv.weight.device))
+        gates = _fresh_gates(gate_groups, conv.out_channels, conv.in_channels, conv.weight.device)
+        for key, value in gates.items():
+            setattr(gated, key, value)
         return gated.train(conv.training)
 
     @property
@@ -84,7 +81,6 @@ class GatedConv2d(nn.Conv2d):
         for key in self.GATE_KEYS:
             state_dict.setdefault(prefix + key, getattr(self, key))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 
 class GroupConv2d(nn.Module):
@@ -132,15 +128,15 @@ class GroupConv2d(nn.Module):
             dilation=conv.dilation,
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
-        ).to(conv.weight)
-        with torch.no_grad():
-            for branch, group in zip(module.branches, groups, strict=True):
-                assert isinstance(branch, nn.Conv2d)
-                filters, channels = list(group.filters), list(group.channels)
-                branch.weight.copy_(conv.weight[filters][:, channels])
-                if conv.bias is not None and branch.bias is not None:
-                    branch.bias.copy_(conv.bias[filters])
-        return module.train(conv.training)
+            device="meta",
+        )
+        for branch, group in zip(module.branches, groups, strict=True):
+            assert isinstance(branch, nn.Conv2d)
+            filters, channels = list(group.filters), list(group.channels)
+            branch.weight = nn.Parameter(conv.weight.detach()[filters][:, channels], conv.weight.requires_grad)
+            if conv.bias is not None:
+                branch.bias = nn.Parameter(conv.bias.detach()[filters], conv.bias.requires_grad)
+        return module.to(conv.weight.device).train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
@@ -149,6 +145,15 @@ class GroupConv2d(nn.Module):
             outputs.append(branch(part))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return y if self.is_ordered else y.index_select(1, self.order)
+
+
+def _fresh_gates(groups: int, out_channels: int, in_channels: int, device: torch.device) -> dict[str, Tensor]:
+    """Gate buffers that have learned and pruned nothing."""
+    return {
+        "gate_logits": torch.zeros(groups, out_channels, device=device),
+        "gate_group": torch.zeros(out_channels, dtype=torch.int64, device=device),
+        "gate_keep": torch.ones(groups, in_channels, dtype=torch.bool, device=device),
+    }
 
 
 def _as_slice(channels: tuple[int, ...]) -> tuple[int, int] | None:
