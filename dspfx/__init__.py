@@ -2,6 +2,7 @@
 
 from dspfx.config import Budget, GateConfig, Inputs
 from dspfx.coverage import coverage
+from dspfx.deploy.benchmark import benchmark
 from dspfx.errors import DspfxError
 from dspfx.learner import GroupLearner
 from dspfx.pipeline import lower, prepare, prune
@@ -14,6 +15,7 @@ __all__ = [
     "GateConfig",
     "GroupLearner",
     "Inputs",
+    "benchmark",
     "coverage",
     "lower",
     "prepare",

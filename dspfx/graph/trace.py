@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
 from dspfx.errors import DspfxError, InputError, TraceError
+from dspfx.graph.modes import evaluating
 from dspfx.graph.tracer import ShapeTracer, attribute
 
 _GUESSED_SIZES = (224, 32, 64, 28, 128, 299, 256, 512)
@@ -142,18 +143,10 @@ def describe_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
 
 def _dry_run(model: nn.Module, inputs: Inputs) -> Any:
     """The model's output on fake tensors, in eval mode: no arithmetic, and buffers, modes and RNG are left alone."""
-    modes = [(m, m.training) for m in model.modules()]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = materialise(model, inputs, mode)
-    try:
-        model.eval()
-        with mode, torch.no_grad():
-            return model(*args, **kwargs)
-    finally:
-        for module, training in modes:
-            module.training = training
-        if isinstance(model, TracedModule):
-            model.train(model.training)
+    with evaluating([model]), mode, torch.no_grad():
+        return model(*args, **kwargs)
 
 
 def materialise(model: nn.Module, inputs: Inputs, mode: FakeTensorMode | None = None) -> tuple[Any, Any]:
