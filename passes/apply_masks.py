@@ -48,7 +48,7 @@ def apply_masks(gm: TracedModule, plan: PrunePlan, channels: ChannelGraph | None
 
 
 def find_masks(gm: TracedModule, channels: ChannelGraph) -> dict[str, Tensor]:
-    """Parameter name -> bool mask (broadcastable to it) of what its gates, and liveness from them, leave."""
+    """Parameter name -> bool mask (broadcastable to it) of what its gates, and liveness from them, make zero."""
     gated = {name: m for name, m in gm.named_modules() if isinstance(m, GatedConv2d)}
     reads: dict[str, Reads] = {}
     for step in channels.steps:
@@ -62,18 +62,18 @@ def find_masks(gm: TracedModule, channels: ChannelGraph) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     for name, module in gated.items():
         if module.is_pruned:
-            masks[f"{name}.weight"] = module.gate_mask().cpu()[:, :, None, None]
+            masks[f"{name}.weight"] = ~module.gate_mask().cpu()[:, :, None, None]
     for step in channels.steps:
         if step.kind == "map":
             continue
         module = gm.get_submodule(step.module)
         # A conv's output is constant exactly where its filter is dead or reads nothing that varies.
-        alive = live.values[step.ins[0]] != 0 if step.kind == "norm" else live.values[step.out].isnan()
+        dead = live.values[step.ins[0]] == 0 if step.kind == "norm" else ~live.values[step.out].isnan()
         for key in ("weight", "bias") if step.kind == "norm" else ("bias",):
             if getattr(module, key, None) is not None:
                 name = f"{step.module}.{key}"
-                masks[name] = masks.get(name, torch.zeros_like(alive)) | alive
-    return {name: mask for name, mask in masks.items() if not bool(mask.all())}
+                masks[name] = masks.get(name, torch.ones_like(dead)) & dead  # dead in every call
+    return {name: dead for name, dead in masks.items() if bool(dead.any())}
 
 
 def enforce_masks(gm: TracedModule, optimizer: Optimizer | None = None) -> None:
@@ -82,11 +82,13 @@ def enforce_masks(gm: TracedModule, optimizer: Optimizer | None = None) -> None:
     With an optimizer: of the parameters that it owns, and of its state for them (momentum, second moments).
     """
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else None
-    for name, mask in _masks(gm).items():
+    masks = _masks(gm)
+    for name, dead in masks.items():
         parameter = gm.get_parameter(name)
         if owned is not None and id(parameter) not in owned:
             continue
-        dead = ~mask.to(parameter.device)
+        if dead.device != parameter.device:
+            masks[name] = dead = dead.to(parameter.device)
         with torch.no_grad():
             parameter.masked_fill_(dead, 0)
             for value in _state_of(optimizer, parameter):
@@ -113,7 +115,6 @@ def _masks(gm: TracedModule) -> dict[str, Tensor]:
         masks = find_masks(gm, analyse(gm)) if pruned else {}
         gm.meta["masks"] = (now, masks)
     return masks
-
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

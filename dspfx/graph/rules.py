@@ -74,7 +74,7 @@ def apply_rule(b: Builder, node: fx.Node) -> Any:
     if known is None:
         b.taint(tensors_in([args, kwargs]))
         return b.opaque(node, [args, kwargs], f"no rule knows what {describe(b.gm, node)} does to channels")
-    if _overwrites(b, node) and _read_later(node):
+    if _overwrites(b, node) and _read_later(b, node):
         b.taint(tensors_in([args, known]))
         return b.opaque(node, [args, kwargs, known], "a tensor is changed in place and read again later")
     return known
@@ -304,15 +304,12 @@ def _overwrites(b: Builder, node: fx.Node) -> bool:
     return name.endswith("_") or name in ("iadd", "isub", "imul") or node.kwargs.get("inplace") is True
 
 
-def _read_later(node: fx.Node) -> bool:
-    """True where the overwritten tensor's node has a reader after this one."""
+def _read_later(b: Builder, node: fx.Node) -> bool:
+    """True where the overwritten tensor, or one it may be a view of, has a reader after this node."""
     source = node.args[0]
-    if not isinstance(source, fx.Node):
-        return False
-    later = False
-    for other in source.graph.nodes:
-        if other is node:
-            later = True
-        elif later and other in source.users:
+    position = {other: i for i, other in enumerate(node.graph.nodes)}
+    while isinstance(source, fx.Node):
+        if any(position[user] > position[node] for user in source.users):
             return True
+        source = source.args[0] if is_move(b.gm, source) and source.args else None
     return False
