@@ -169,8 +169,9 @@ class LowerPlan(Plan):
 
     @property
     def flops_run(self) -> float:
-        """Fraction of the multiply-adds before lowering that the lowered network executes."""
-        return sum(layer.macs_run for layer in self.layers) / max(sum(layer.macs for layer in self.layers), 1)
+        """Fraction of the multiply-adds before lowering that the lowered network executes; 1 where none were counted."""
+        dense = sum(layer.macs for layer in self.layers)
+        return sum(layer.macs_run for layer in self.layers) / dense if dense else 1.0
 
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = []
