@@ -148,14 +148,12 @@ def measure(
     """Saves every network, then measures size, speed and, reading the test split here only, accuracy."""
     files = {name: out / f"{name}.safetensors" for name in networks} | {"lowered": out / "network.safetensors"}
     for name, network in networks.items():
-        if name in ("dense", "control"):
+        if name in ("pruned", "lowered"):
+            dspfx.save(network, files[name])
+        else:
             state = {key: value.contiguous() for key, value in network.state_dict().items()}
             write_atomically(files[name], lambda part, state=state: safetensors.torch.save_file(state, part))  # type: ignore[misc]
-        else:
-            write_atomically(files[name], lambda part, network=network: dspfx.save(network, part))  # type: ignore[misc]
-    for network in networks.values():
-        network.eval()
-    timing = dspfx.benchmark(networks, example[:1])
+    timing = dspfx.benchmark(networks, example[:1], threads=torch.get_num_threads())
     test = data.test()
     rows = []
     for name, network in networks.items():

@@ -111,7 +111,7 @@ class Machine:
     workers: int
 
     def __str__(self) -> str:
-        return f"device {self.device}, {torch.get_num_threads()} CPU threads"
+        return f"device {self.device}, CPU threads: {torch.get_num_threads()}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

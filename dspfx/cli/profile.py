@@ -13,7 +13,7 @@ from torch import nn
 
 import dspfx
 from dspfx.cli import models
-from dspfx.errors import ConfigError
+from dspfx.errors import ConfigError, StorageError
 from dspfx.profiler import LayerProfile, Profile
 
 DESCRIPTION = """\
@@ -100,7 +100,12 @@ def _ancestor(name: str, names: Sequence[str]) -> str:
 def _open(name: str, known: Sequence[str], classes: int) -> nn.Module:
     """A named network, or a saved one (a pruned one is read into the network named beside it)."""
     if Path(name).is_file():
-        return dspfx.load(Path(name), models.build(known[0], classes) if known else None)
+        try:
+            return dspfx.load(name)
+        except StorageError:
+            if not known:
+                raise
+            return dspfx.load(name, models.build(known[0], classes))  # a pruned one needs its class
     if "/" in name or name.endswith(".safetensors"):
         raise ConfigError(f"{name} is not a file; give one that dspfx.save wrote, or the name of a network.")
     return models.build(name, classes)

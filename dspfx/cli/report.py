@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from tabulate import tabulate
 
+import dspfx
 from dspfx.cli.checkpoints import read_json, write_text
 from dspfx.cli.options import Machine, Settings
 from dspfx.cli.training import Score
+from dspfx.deploy.machine import processor
 from dspfx.plans import PrunePlan
 
 FILE = "results.json"
@@ -58,7 +60,8 @@ def write(
     """Writes results.json, whose presence says that the run is finished."""
     content = {
         "arguments": settings.flat(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")},
+        "versions": {"python": platform.python_version()}
+        | {"dspfx": dspfx.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
         "machine": describe(machine),
         "networks": {row.name: asdict(row) for row in rows},
         "left": {"flops": plan.flops_left, "params": plan.params_left, "gated_flops": plan.gated_flops_left},
@@ -70,7 +73,7 @@ def write(
 def describe(machine: Machine) -> dict[str, Any]:
     """Processor, device and threads."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -101,18 +104,9 @@ def show(out: Path) -> str:
     notes = [
         f"Accuracy on {images} test images, read once. Needed: by the weights that were kept, groups counted exactly; "
         "executed and stored: in PyTorch.",
-        f"Latency at batch 1 in PyTorch on {machine['device']}, {machine['threads']} CPU threads.",
+        f"Latency at batch 1 in PyTorch on {machine['device']}; CPU threads: {machine['threads']}.",
         f"The network is {out / 'network.safetensors'} (for dspfx.load), all numbers are in {out / FILE}.",
     ]
     if limit is not None:
         notes.insert(1, f"Trained on {limit} images only (--limit-train).")
     return "\n".join([table, *notes])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -102,7 +102,7 @@ def test_threads_and_device_are_set() -> None:
         machine = set_machine(parse("--threads 2 --device cpu --workers 5"))
         assert torch.get_num_threads() == 2
         assert (machine.device, machine.workers) == (torch.device("cpu"), 5)
-        assert str(machine) == "device cpu, 2 CPU threads"
+        assert str(machine) == "device cpu, CPU threads: 2"
     finally:
         torch.set_num_threads(before)
 
