@@ -1,0 +1,25 @@
+"""The README's example runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, str(README), "exec"), names)
+    small, gm, plan = names["small"], names["gm"], names["plan"]
+    assert isinstance(small, torch.nn.Module) and isinstance(gm, torch.nn.Module)
+    images = torch.randn(3, 3, 48, 80)
+    with torch.no_grad():
+        expected, found = gm.eval()(images), small(images)
+    assert torch.allclose(expected, found, atol=1e-4 * float(expected.abs().max()))
+    assert abs(plan.flops_left - 0.35) < 0.005  # type: ignore[attr-defined]
