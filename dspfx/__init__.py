@@ -7,6 +7,7 @@ from dspfx.errors import DspfxError
 from dspfx.learner import GroupLearner
 from dspfx.pipeline import lower, prepare, prune
 from dspfx.profiler import profile
+from dspfx.storage import load, save
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "Inputs",
     "benchmark",
     "coverage",
+    "load",
     "lower",
     "prepare",
     "profile",
     "prune",
+    "save",
 ]
