@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -18,6 +19,9 @@ from dspfx.errors import DspfxError, InputError, TraceError
 from dspfx.graph.modes import evaluating
 from dspfx.graph.tracer import ShapeTracer, attribute
 
+# What fake tensors raise where the model needs the values of a real one.
+_DATA_DEPENDENT = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
+_REMEDY = "Make that line independent of tensor values, or wrap the function with torch.fx.wrap."
 _GUESSED_SIZES = (224, 32, 64, 28, 128, 299, 256, 512)
 
 
@@ -132,6 +136,8 @@ def describe_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     described = Inputs(*pytree.tree_map(to_meta, inputs.args), **pytree.tree_map(to_meta, inputs.kwargs))
     try:
         _dry_run(model, described)
+    except _DATA_DEPENDENT:
+        pass  # tracing names the line; a network that is traced already runs
     except Exception as error:
         shapes = [tuple(x.shape) for x in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]
         raise InputError(
@@ -212,6 +218,8 @@ def guess_inputs(model: nn.Module) -> Inputs:
         described = Inputs(torch.empty(shape, dtype=dtype, device="meta"))
         try:
             _dry_run(model, described)
+        except _DATA_DEPENDENT:
+            return described
         except Exception:
             continue  # not this size; the last resort below says what to do
         return described
@@ -231,11 +239,12 @@ def _trace_mode(root: nn.Module, inputs: Inputs, training: bool) -> fx.Graph:
     try:
         graph = tracer.trace(root)
     except DspfxError as error:
-        raise TraceError(f"{type(root).__name__} cannot be traced at {_user_line(error)}: {error}") from error
+        raise TraceError(
+            f"{type(root).__name__} cannot be traced at {_user_line(error)}: {error} {_REMEDY}"
+        ) from error
     except Exception as error:
         raise TraceError(
-            f"{type(root).__name__} cannot be traced at {_user_line(error)}: {_last_line(error)}. Make that line "
-            f"independent of tensor values, or wrap the function with torch.fx.wrap."
+            f"{type(root).__name__} cannot be traced at {_user_line(error)}: {_last_line(error)}. {_REMEDY}"
         ) from error
     finally:
         for buffer, value in buffers:  # a batch counter is a real tensor that fake arithmetic still advances

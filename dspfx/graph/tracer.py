@@ -163,7 +163,8 @@ class ShapeTracer(fx.Tracer):
         node = proxy.node
         value = node.meta.get("val", _UNKNOWN)
         if not isinstance(value, kind):
-            what = "an unknown value" if value is _UNKNOWN else f"a {type(value).__name__}"
+            what = "a tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            what = "an unknown value" if value is _UNKNOWN else what
             raise TraceError(
                 f"the model needs the Python value of {_text(node)}, {what}, while it is traced: "
                 f"its control flow depends on tensor data."
