@@ -29,7 +29,7 @@ def plan_gates(gm: TracedModule, channels: ChannelGraph, config: GateConfig) -> 
     functional = any(n.target in FUNCTIONAL for graph in all_graphs(gm) for n in graph.nodes)
     if not layers and not functional:
         raise ModelError(
-            f"{gm._get_name()} has no convolution and no linear layer among its modules: there is nothing to prune."
+            f"{gm.meta['user_class'].__name__} has no convolution and no linear layer among its modules: there is nothing to prune."
         )
     unknown = [name for name in config.skip if name not in layers]
     if unknown:
