@@ -91,7 +91,7 @@ def test_another_run_in_the_same_folder_is_refused(finished: Path, capsys: pytes
     )
 
 
-@pytest.fixture(params=["dense", "learn", "tune"])
+@pytest.fixture(params=["learn", "tune"])
 def killed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A run that got `kill -9` soon after the first epoch of a stage."""
     path = tmp_path / "checkpoints" / f"{request.param}.pt"
