@@ -69,6 +69,8 @@ def find_masks(gm: TracedModule, channels: ChannelGraph) -> dict[str, Tensor]:
         module = gm.get_submodule(step.module)
         # A conv's output is constant exactly where its filter is dead or reads nothing that varies.
         dead = live.values[step.ins[0]] == 0 if step.kind == "norm" else ~live.values[step.out].isnan()
+        if isinstance(module, GatedConv2d):
+            dead = dead | (module.gate_group.cpu() < 0)
         for key in ("weight", "bias") if step.kind == "norm" else ("bias",):
             if getattr(module, key, None) is not None:
                 name = f"{step.module}.{key}"
