@@ -17,8 +17,8 @@ CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
 CIFAR_VGG = "vgg16_bn_cifar"
 BUILT_IN = (*CIFAR_DEPTHS, CIFAR_VGG)
 HELP = (
-    f"{', '.join(BUILT_IN)} (built in, for 32x32 images), or any classification name of torchvision: resnet18, "
-    "mobilenet_v2, vgg16_bn, ..."
+    f"{', '.join(BUILT_IN)} (built in, for 32x32 images), or any classification name of torchvision, with its meaning "
+    "there: resnet18, mobilenet_v2, vgg16_bn, ..."
 )
 
 

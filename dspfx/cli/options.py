@@ -122,7 +122,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--checkpoint", metavar="FILE", help="trained weights: safetensors, or a torch.save'd state_dict")
     what.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results and checkpoints")
     how = parser.add_argument_group("how far and how")
-    how.add_argument("--budget", nargs="+", type=_share, default=[("flops", 0.35)], metavar="WHAT=SHARE")
+    how.add_argument(
+        "--budget",
+        nargs="+",
+        type=_share,
+        default=[("flops", 0.35)],
+        metavar="WHAT=SHARE",
+        help="what remains of the dense network: flops=0.35, params=0.5 or both (default: flops=0.35)",
+    )
     how.add_argument("--groups", type=int, default=4, help="groups a convolution (default: %(default)s)")
     how.add_argument("--mode", choices=("fused", "exact"), default="fused", help="how groups learn (default: fused)")
     how.add_argument("--strength", type=_strength, default="auto", help="of the group regulariser (default: auto)")
@@ -132,10 +139,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     train = parser.add_argument_group("training")
     train.add_argument(
-        "--epochs-dense", type=int, help="before learning (default: 0 with --checkpoint, digits 10, otherwise 120)"
+        "--epochs-dense",
+        type=int,
+        metavar="N",
+        help="before learning (default: 0 with --checkpoint, digits 10, otherwise 120)",
     )
-    train.add_argument("--epochs-learn", type=int, help="learning groups (default: digits 6, otherwise 60)")
-    train.add_argument("--epochs-tune", type=int, help="fine-tuning what is left (default: digits 10, otherwise 60)")
+    train.add_argument(
+        "--epochs-learn", type=int, metavar="N", help="learning groups (default: digits 6, otherwise 60)"
+    )
+    train.add_argument(
+        "--epochs-tune", type=int, metavar="N", help="fine-tuning what is left (default: digits 10, otherwise 60)"
+    )
     train.add_argument("--batch-size", type=int, help="(default: digits 64, otherwise 128)")
     train.add_argument("--lr", type=float, default=0.05, help="dense training and learning (default: %(default)s)")
     train.add_argument("--lr-tune", type=float, help="fine-tuning (default: digits 0.1, otherwise 0.05)")
