@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
 from dspfx.errors import DspfxError, StorageError
@@ -133,9 +134,9 @@ def _load_lowered(file: _File) -> TracedModule:
     plan = LowerPlan.from_json(look_up(file.texts, "lower_plan", "in its metadata"))
     inputs = _decode_inputs(file.read("inputs"))
     _fill(root, file)
-    gm = TracedModule.over(root, graph, {"inputs": inputs, "lower_plan": plan})
+    gm = TracedModule.over(root, graph, {"lower_plan": plan})
     gm.graph.lint()
-    propagate(gm, inputs)
+    propagate(gm, _following(inputs, gm))
     return gm
 
 
@@ -144,7 +145,7 @@ def _load_gated(
 ) -> TracedModule:
     _check_fit(file.path, model, owner, plan, tensors)
     try:
-        gm = insert_gates(trace(model, inputs), plan)
+        gm = insert_gates(trace(model, _following(inputs, model)), plan)
     except DspfxError as error:
         raise StorageError(f"{file.path} does not fit this {type(model).__name__}: {error}") from error
     gm.load_state_dict(tensors)
@@ -213,6 +214,18 @@ def _encode_inputs(inputs: Inputs) -> Any:
 
 def _decode_inputs(data: Any) -> Inputs:
     args, kwargs = expect(decode_value(data, {}), list, "its example inputs", 2)
+    return Inputs(*args, **kwargs)
+
+
+def _following(inputs: Inputs, module: nn.Module) -> Inputs:
+    """Floating inputs in the one type that the module has: it may have been converted since it was traced."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1:
+        return inputs
+    [dtype] = dtypes
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (inputs.args, inputs.kwargs)
+    )
     return Inputs(*args, **kwargs)
 
 
