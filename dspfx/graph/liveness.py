@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dspfx.graph.channels import ChannelGraph, Step
 
+Array = npt.NDArray[Any]
 NAN = torch.tensor(float("nan"), dtype=torch.float64)
 ZERO = torch.tensor(0.0, dtype=torch.float64)
 
@@ -66,13 +70,14 @@ def liveness(channels: ChannelGraph, reads: Mapping[str, Reads], gm: nn.Module |
     """
     values = NAN.repeat(channels.num_wires)
     values[channels.zero] = 0.0
+    tainted = channels.tainted.nonzero().flatten()
     for step in channels.steps:
         values[step.out] = _forward(step, values, reads, gm)
-        if bool(channels.tainted.any()):
-            values[channels.tainted] = NAN
+        if len(tainted):
+            values[tainted] = NAN
     needed = channels.pinned()
     for step in reversed(channels.steps):
-        _backward(step, values, needed, reads)
+        _backward(step, values.numpy(), needed.numpy(), reads)
     return Liveness(values, needed)
 
 
@@ -114,21 +119,24 @@ def _norm_constants(module: nn.Module, source: Tensor) -> Tensor:
     return torch.where(weight == 0, bias, normal * weight + bias)
 
 
-def _backward(step: Step, values: Tensor, needed: Tensor, reads: Mapping[str, Reads]) -> None:
-    """Marks the inputs that a needed, varying output reads; a channel that is zero is never read."""
-    wanted = needed[step.out]
+def _backward(step: Step, values: Array, needed: Array, reads: Mapping[str, Reads]) -> None:
+    """Marks the inputs that a needed, varying output reads; a channel that is zero is never read.
+
+    In numpy: a search for a budget walks back through the network many times, in steps too small for torch.
+    """
+    out = step.out.numpy()
+    wanted = needed[out]
     if step.kind == "conv":
-        read = reads[step.module]
-        rows = torch.zeros(len(read.keep), dtype=torch.bool)
-        rows[read.row[wanted & (read.row >= 0)]] = True
-        used = (read.keep & rows[:, None]).any(0)
-        wires = step.ins[0]
-        needed[wires[used & (values[wires] != 0)]] = True
+        keep, row = reads[step.module].keep.numpy(), reads[step.module].row.numpy()
+        rows = np.zeros(len(keep), dtype=np.bool_)
+        rows[row[wanted & (row >= 0)]] = True
+        wires = step.ins[0].numpy()
+        needed[wires[keep[rows].any(0) & (values[wires] != 0)]] = True
         return
-    varies = values[step.out].isnan()
-    for wires in step.ins:
+    varies = np.isnan(values[out])
+    for wires in (tensor.numpy() for tensor in step.ins):
         source = values[wires]
-        constant = ~source.isnan() & (source != 0)
+        constant = ~np.isnan(source) & (source != 0)
         needed[wires[wanted & (varies & (source != 0) | constant)]] = True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,11 +39,12 @@ def cluster_filters(energy: Tensor, groups: int) -> Tensor:
     if not torch.isfinite(energy).all():
         bad = int((~torch.isfinite(energy)).any(dim=1).nonzero()[0])
         raise ModelError(f"cluster_filters got a non-finite energy in filter {bad}; the weights hold NaN or infinity.")
-    energy = energy.detach().to(torch.promote_types(energy.dtype, torch.float32))
+    device = energy.device
     if groups == 1:
-        return torch.zeros_like(energy[:, 0], dtype=torch.int64)
+        return torch.zeros(len(energy), dtype=torch.int64, device=device)
+    energy = energy.detach().to("cpu", torch.promote_types(energy.dtype, torch.float32))  # thousands of tiny steps
     tried = [_improve(energy, start, groups, _FIRST_ROUNDS) for start in _starts(energy, groups)]
-    return _improve(energy, max(tried, key=lambda result: result[0])[1], groups, _ROUNDS)[1]
+    return _improve(energy, max(tried, key=lambda result: result[0])[1], groups, _ROUNDS)[1].to(device)
 
 
 def kept_energy(energy: Tensor, group: Tensor, groups: int) -> float:
@@ -53,9 +55,9 @@ def kept_energy(energy: Tensor, group: Tensor, groups: int) -> float:
 
 def _best_half(energy: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """(energy kept, mask [G, C] of the better half of each group's channels)."""
-    member = torch.zeros(groups, len(energy), dtype=energy.dtype, device=energy.device).scatter_(0, group[None], 1.0)
+    member = torch.zeros(groups, len(energy), dtype=energy.dtype).scatter_(0, group[None], 1.0)
     values, channels = (member @ energy).topk((energy.shape[1] + 1) // 2, dim=1)
-    mask = torch.zeros(groups, energy.shape[1], dtype=energy.dtype, device=energy.device)
+    mask = torch.zeros(groups, energy.shape[1], dtype=energy.dtype)
     return values.sum(), mask.scatter_(1, channels, 1.0)
 
 
@@ -75,25 +77,25 @@ def _improve(energy: Tensor, group: Tensor, groups: int, rounds: int) -> tuple[f
 
 def _reassign(score: Tensor, group: Tensor, groups: int) -> Tensor:
     """Moves filters where `score [O, G]` is higher, group sizes kept: every pair of groups is split anew, exactly."""
-    group = group.clone()
+    of, filters = score.mT.contiguous().numpy(), group.numpy().copy()  # many tiny steps, which torch takes slowly
+    sizes = np.bincount(filters, minlength=groups)
     for first, second in combinations(range(groups), 2):
-        members = ((group == first) | (group == second)).nonzero()[:, 0]
-        size = int((group == first).sum())
-        order = (score[members, first] - score[members, second]).argsort(descending=True, stable=True)
-        group[members[order[:size]]] = first
-        group[members[order[size:]]] = second
-    return group
+        members = np.flatnonzero((filters == first) | (filters == second))
+        order = np.argsort((of[second] - of[first])[members], kind="stable")
+        filters[members[order[: sizes[first]]]] = first
+        filters[members[order[sizes[first] :]]] = second
+    return torch.from_numpy(filters)
 
 
 def _starts(energy: Tensor, groups: int) -> list[Tensor]:
     """Balanced first groupings: around filters that overlap least, and a few fixed shuffles."""
     filters = len(energy)
-    balanced = torch.arange(filters, device=energy.device) * groups // filters
+    balanced = torch.arange(filters) * groups // filters
     generator = torch.Generator().manual_seed(0)
     starts = _MANY if energy.numel() <= _SMALL else _FEW
-    shuffles = [torch.randperm(filters, generator=generator).to(energy.device) for _ in range(starts)]
+    shuffles = [torch.randperm(filters, generator=generator) for _ in range(starts)]
     direction = energy / energy.norm(dim=1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)
-    overlap = torch.zeros(filters, dtype=energy.dtype, device=energy.device)
+    overlap = torch.zeros(filters, dtype=energy.dtype)
     seeds = []
     chosen = int(energy.sum(dim=1).argmax())
     for _ in range(min(groups, filters)):
