@@ -90,16 +90,16 @@ class Search:
         if not self.gated:
             raise ModelError(f"{gm._get_name()} has no gated convolution; call dspfx.prepare(model) before pruning.")
         by_score = _filter_pruned(self, channels)
-        self.layers = [_score(name, m, energy, name in by_score) for name, m in self.gated.items() if name in self.costs]
+        self.layers = [
+            _score(name, m, energy, name in by_score) for name, m in self.gated.items() if name in self.costs
+        ]
         flat = [s.flatten() for layer in self.layers for s in (layer.channel_scores, layer.filter_scores)]
         self.scores = torch.cat(flat) if flat else torch.empty(0)
         self.order = self.scores.argsort(stable=True)
         self.already_gone = int((self.scores == float("-inf")).sum())
         # A group's best channel scores 1 and stays.
         self.total = int((self.scores < 1).sum()) - self.already_gone
-        self.dense = {
-            s.module: Reads.dense(len(s.out), len(s.ins[0])) for s in channels.steps if s.kind == "conv"
-        }
+        self.dense = {s.module: Reads.dense(len(s.out), len(s.ins[0])) for s in channels.steps if s.kind == "conv"}
 
     def _rows(self, dropped: int) -> dict[str, Reads]:
         """What every convolution reads once the first `dropped` structures are gone, before liveness."""
@@ -149,7 +149,9 @@ class Search:
             groups = []
             for g in range(len(read.keep)):
                 filters = (read.row == g).nonzero().flatten().tolist()
-                groups.append(Group(tuple(filters), tuple(read.keep[g].nonzero().flatten().tolist()) if filters else ()))
+                groups.append(
+                    Group(tuple(filters), tuple(read.keep[g].nonzero().flatten().tolist()) if filters else ())
+                )
             pairs = sum(len(g.filters) * len(g.channels) for g in groups)
             layers.append(
                 PrunedLayer(
@@ -167,21 +169,24 @@ class Search:
 
 def _score(name: str, module: GatedConv2d, energy: Energy, by_filter: bool) -> _Layer:
     weight = module.weight.detach().cpu()
-    pairs = energy(weight).double()
+    pairs = energy(weight)
     if pairs.shape != weight.shape[:2]:
         raise ModelError(
             f"the importance function gave shape {tuple(pairs.shape)} for {name}; it must give one energy a (filter, "
             f"input channel) pair, {tuple(weight.shape[:2])}."
         )
-    if not bool(pairs.isfinite().all()) or not bool(weight.isfinite().all()):
-        raise ModelError(f"{name} holds weights or energies that are not finite (NaN or infinity); restore a sound one.")
+    if not _is_finite(pairs) or not _is_finite(weight):
+        raise ModelError(
+            f"{name} holds weights or energies that are not finite (NaN or infinity); restore a sound one."
+        )
     pairs = pairs * module.gate_mask().cpu()
     if module.is_pruned:
         group = module.gate_group.cpu()
     elif module.is_learned:
         group = module.gate_logits.argmax(0).cpu()
     else:
-        group = cluster_filters(pairs, module.gate_groups)
+        group = cluster_filters(pairs, module.gate_groups)  # in the energies' own precision, for speed
+    pairs = pairs.double()
     filled = torch.zeros(module.gate_groups, dtype=torch.bool)
     filled[group[group >= 0]] = True
     eligible = module.gate_keep.cpu() & filled[:, None]
@@ -190,6 +195,11 @@ def _score(name: str, module: GatedConv2d, energy: Energy, by_filter: bool) -> _
     if by_filter:
         filter_scores = cumulative_share(pairs.sum(1), group >= 0)
     return _Layer(name, group, channel_scores, filter_scores)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """No entry is NaN or infinite; a finite sum says so at once."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def _filter_pruned(search: Search, channels: ChannelGraph) -> set[str]:
