@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from tabulate import tabulate
 
 from dspfx.config import GateConfig
-from dspfx.errors import StorageError
+from dspfx.errors import ConfigError, StorageError
 
 
 class Plan:
@@ -27,8 +27,9 @@ class Plan:
         """Reads `to_json`'s text; raises StorageError where it does not describe this kind of plan."""
         try:
             return _build(cls, json.loads(text))
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise StorageError(f"This is not the JSON of a {cls.__name__}: {error}.") from error
+        except (TypeError, ValueError, KeyError, AttributeError, ConfigError) as error:
+            reason = str(error).removesuffix(".")
+            raise StorageError(f"This is not the JSON of a {cls.__name__}: {reason}.") from error
 
 
 def _build(kind: Any, value: Any) -> Any:
@@ -42,7 +43,9 @@ def _build(kind: Any, value: Any) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         return tuple(_build(args[0], item) for item in value)
-    if origin is typing.Literal or kind is Any:
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"expected one of {', '.join(map(repr, args))}, found {value!r}")
         return value
     if origin is types.UnionType:
         return None if value is None else _build(args[0], value)
