@@ -152,7 +152,7 @@ def _load_gated(
     for name, module in gm.named_modules():
         if isinstance(module, GatedConv2d):
             low, high = int(module.gate_group.min()), int(module.gate_group.max())
-            if low < -1 or high >= module.gate_groups:
+            if low < -1 or high >= module.gate_groups or not module.gate_groups:
                 raise StorageError(
                     f"{file.path} is damaged: {name} puts filters into groups {low} to {high} of {module.gate_groups}."
                 )
