@@ -20,7 +20,7 @@ LAYERS = (
     {"passes"},
     {"gates", "second_pass", "learner", "storage", "graph_json", "value_json", "storable"},
     {"deploy"},
-    {"pipeline", "profiler", "coverage"},
+    {"pipeline", "profiler", "coverage", "selfcheck"},
     {"integrations"},
     {"__init__"},
     {"cli", "__main__"},
