@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dspfx.config import Budget, GateConfig
 from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d
 from dspfx.passes.apply_masks import apply_masks, find_masks
 from dspfx.pipeline import lower, prepare, prune

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dspfx.graph.trace import TracedModule, eval_only, trace
+from dspfx.graph.trace import trace
+from dspfx.graph.traced import TracedModule, eval_only
 from dspfx.passes.fold_batchnorm import fold_batchnorm
 from tests.compare import error, run
 from tests.zoo import ZOO

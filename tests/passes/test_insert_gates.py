@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dspfx.config import GateConfig
 from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
-from dspfx.graph.trace import TracedModule, trace
+from dspfx.graph.trace import trace
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d
 from dspfx.passes.insert_gates import insert_gates
 from dspfx.passes.plan_gates import plan_gates

@@ -8,7 +8,7 @@ import torch.nn.utils.parametrizations as parametrizations
 from torch import Tensor, nn
 
 from dspfx.config import GateConfig
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.pipeline import prepare
 from dspfx.plans import GatePlan, GateSpec
 from tests.zoo import ZOO

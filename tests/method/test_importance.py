@@ -1,0 +1,74 @@
+"""Energies and cumulative shares against loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspfx.errors import ConfigError
+from dspfx.method.importance import cumulative_share, group_energy, resolve
+
+
+def test_l2_is_the_squared_norm_of_each_kernel() -> None:
+    weight = torch.randn(3, 4, 2, 5, dtype=torch.float64)
+    energy = resolve("l2")(weight)
+    for o in range(3):
+        for c in range(4):
+            expected = sum(float(v) ** 2 for v in weight[o, c].flatten())
+            assert float(energy[o, c]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_function_is_itself_and_a_name_must_be_known() -> None:
+    def ours(weight: Tensor) -> Tensor:
+        return weight.abs().sum((2, 3))
+
+    assert resolve(ours) is ours
+    message = r"importance is 'taylor9'; give 'l2' or a function from a weight \[O, C, kh, kw\] to \[O, C\]\."
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        resolve("taylor9")
+
+
+def test_group_energy_sums_the_filters_of_each_group() -> None:
+    energy = torch.rand(7, 3, dtype=torch.float64)
+    group = torch.tensor([0, 2, -1, 0, 2, 2, -1])
+    expected = [[sum(float(energy[o, c]) for o in range(7) if group[o] == g) for c in range(3)] for g in range(4)]
+    assert torch.allclose(group_energy(energy, group, 4), torch.tensor(expected, dtype=torch.float64), rtol=1e-13)
+
+
+def loop(energy: list[float], eligible: list[bool]) -> list[float]:
+    """Sorted ascending, the share of all energy up to and including each entry; the last one scores 1."""
+    usable = [i for i, e in enumerate(eligible) if e]
+    values = {i: energy[i] for i in usable}
+    if sum(values.values()) == 0:
+        values = dict.fromkeys(usable, 1.0)
+    scores = [float("-inf")] * len(energy)
+    passed = 0.0
+    order = sorted(usable, key=lambda i: values[i])
+    for i in order:
+        passed += values[i]
+        scores[i] = passed / sum(values.values())
+    if order:
+        scores[order[-1]] = 1.0
+    return scores
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cumulative_share_is_the_loop(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    energy = torch.rand(6, 9, dtype=torch.float64, generator=generator).square()
+    eligible = torch.rand(6, 9, generator=generator) > 0.3
+    energy[4], eligible[5] = 0, False
+    found = cumulative_share(energy, eligible)
+    for row in range(6):
+        expected = torch.tensor(loop(energy[row].tolist(), eligible[row].tolist()), dtype=torch.float64)
+        assert torch.allclose(found[row], expected, rtol=1e-12)
+
+
+def test_dropping_below_beta_keeps_the_largest_and_drops_nothing_at_zero() -> None:
+    energy = torch.tensor([[4.0, 1.0, 0.0, 5.0]])
+    scores = cumulative_share(energy, torch.ones(1, 4, dtype=torch.bool))
+    assert scores.tolist() == [[0.5, pytest.approx(0.1), 0.0, 1.0]]
+    assert int((scores < 0).sum()) == 0
+    assert int((scores < 1).sum()) == 3
+    assert int((scores < 0.2).sum()) == 2

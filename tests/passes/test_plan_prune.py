@@ -1,0 +1,145 @@
+"""plan_prune: the budget is met as closely as one structure allows, energies decide, counts are arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dspfx.config import Budget, GateConfig
+from dspfx.errors import BudgetError
+from dspfx.graph.analyse import analyse
+from dspfx.graph.traced import TracedModule
+from dspfx.method.importance import resolve
+from dspfx.modules import GatedConv2d
+from dspfx.passes.plan_prune import Search, plan_prune
+from dspfx.pipeline import prepare, prune
+from dspfx.plans import PrunePlan
+from tests.zoo import ZOO
+
+NAMES = ("resnet_projection", "resnet_padded", "inverted_residual", "dense_block", "inception", "shuffle_unit", "unet")
+
+
+def prepared(name: str, groups: int = 2) -> TracedModule:
+    return prepare(ZOO[name].build(), ZOO[name].inputs(), GateConfig(groups=groups))
+
+
+def count(gm: TracedModule, plan: PrunePlan, size: tuple[int, int] = (16, 16)) -> tuple[float, float]:
+    """(FLOPs, parameters) left, by running the network and looking at the masks of `plan` and at dead channels."""
+    kept = {layer.name: sum(len(g.filters) * len(g.channels) for g in layer.groups) for layer in plan.layers}
+    flops = [0, 0]
+    params = [0, 0]
+
+    def measure(name: str, conv: nn.Conv2d | nn.Linear, out: Tensor) -> None:
+        pairs = conv.weight.shape[0] * conv.weight.shape[1]
+        each = conv.weight[0, 0].numel()
+        positions = out[0, 0].numel() if isinstance(conv, nn.Conv2d) else 1
+        left = kept.get(name, pairs)
+        for total, amount in ((flops, each * positions), (params, each)):
+            total[0] += left * amount
+            total[1] += pairs * amount
+
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, name=name: measure(name, m, out))
+        for name, module in gm.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    ]
+    with torch.no_grad():
+        gm.eval()(*ZOO["plain"].inputs(1, *size))
+    for hook in hooks:
+        hook.remove()
+    return flops[0] / flops[1], params[0] / params[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_budget_is_met_closely(name: str) -> None:
+    for fraction in (0.8, 0.6):
+        plan = prune(prepared(name), Budget(flops=fraction))
+        assert fraction - 0.08 < plan.flops_left <= fraction
+        assert 0 < plan.beta < 1
+
+
+def test_fractions_are_those_counted_in_the_running_network() -> None:
+    """Ungated layers of this network keep all their pairs: nothing they read dies."""
+    gm = prepared("resnet_projection")
+    for m in gm.modules():
+        if isinstance(m, GatedConv2d):
+            m.gate_logits.copy_(torch.eye(2)[torch.arange(m.out_channels) % 2].T)
+    plan = plan_prune(gm, analyse(gm), Budget(flops=0.97), resolve("l2"))
+    flops, params = count(gm, plan)
+    assert plan.flops_left == pytest.approx(flops, abs=1e-12)
+    assert plan.params_left == pytest.approx(params, abs=1e-12)
+    gated = sum(layer.macs_left for layer in plan.layers) / sum(layer.macs for layer in plan.layers)
+    assert plan.gated_flops_left == pytest.approx(gated, abs=1e-12)
+
+
+def test_several_fractions_hold_at_once() -> None:
+    alone = prune(prepared("resnet_projection"), Budget(flops=0.7))
+    both = prune(prepared("resnet_projection"), Budget(flops=0.7, params=0.4))
+    assert both.flops_left <= 0.7
+    assert both.params_left <= 0.4 < alone.params_left
+
+
+def test_the_whole_network_is_no_pruning() -> None:
+    gm = prepared("plain")
+    before = {key: value.clone() for key, value in gm.state_dict().items()}
+    plan = prune(gm, Budget(flops=1.0))
+    assert (plan.flops_left, plan.params_left, plan.beta) == (1.0, 1.0, 0.0)
+    weights = [key for key in before if not key.endswith(GatedConv2d.GATE_KEYS)]
+    assert all(torch.equal(gm.state_dict()[key], before[key]) for key in weights)
+
+
+def test_the_least_energy_goes_first_whatever_its_name() -> None:
+    def favours_the_first_half(weight: Tensor) -> Tensor:
+        energy = torch.full(weight.shape[:2], 1e-6)
+        energy[:, : weight.shape[1] // 2] = 1.0
+        return energy
+
+    gm = prepared("conv_options", groups=1)
+    plan = prune(gm, Budget(flops=0.65), favours_the_first_half)
+    dropped = 0
+    for layer in plan.layers:
+        kept = {c for group in layer.groups for c in group.channels}
+        half = set(range(layer.in_channels // 2))
+        assert half <= kept or kept <= half or not half - kept
+        dropped += layer.in_channels - len(kept)
+    assert dropped > 0
+
+
+def test_learned_groups_are_the_argmax_of_the_logits() -> None:
+    gm = prepared("plain")
+    generator = torch.Generator().manual_seed(0)
+    gates = {name: m for name, m in gm.named_modules() if isinstance(m, GatedConv2d)}
+    for gate in gates.values():
+        gate.gate_logits.normal_(generator=generator)
+    plan = prune(gm, Budget(flops=0.7))
+    for layer in plan.layers:
+        learned = gates[layer.name].gate_logits.argmax(0)
+        for g, group in enumerate(layer.groups):
+            assert all(int(learned[o]) == g for o in group.filters)
+
+
+def test_every_prefix_drops_no_less_and_keeps_a_channel_a_group() -> None:
+    gm = prepared("resnet_projection")
+    search = Search(gm, analyse(gm), resolve("l2"))
+    before = 2.0
+    for dropped in range(0, search.total + 1, max(1, search.total // 12)):
+        kept = search.keep(dropped)
+        assert kept.flops <= before
+        before = kept.flops
+        for read in kept.reads.values():
+            filled = read.row[read.row >= 0].unique()
+            assert bool(read.keep[filled].any(1).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_floor_that_is_named_can_be_reached(name: str) -> None:
+    gm = prepared(name)
+    with pytest.raises(BudgetError) as caught:
+        prune(gm, Budget(flops=1e-6))
+    floor = float(str(caught.value).split("leaves ")[1].split(" ")[0]) + 5e-5
+    assert prune(gm, Budget(flops=floor)).flops_left <= floor
+
+
+def test_pruning_decides_the_same_each_time() -> None:
+    assert prune(prepared("unet"), Budget(flops=0.5)) == prune(prepared("unet"), Budget(flops=0.5))
