@@ -1,0 +1,70 @@
+"""selfcheck on torchvision's networks at full size: masked = lowered, under a random plan.
+
+OMP_NUM_THREADS=1 python -m benchmarks.selfcheck_table --write docs/results/selfcheck.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from tabulate import tabulate
+
+from dspfx.config import GateConfig
+from dspfx.selfcheck import SelfcheckReport, selfcheck
+
+MODELS = ("resnet18", "resnet50", "mobilenet_v2", "densenet121", "googlenet", "shufflenet_v2_x1_0")
+GROUPS = 2
+
+
+def check(name: str, size: int) -> tuple[SelfcheckReport, float]:
+    """The report, and seconds."""
+    options: dict[str, Any] = {"init_weights": False} if name == "googlenet" else {}
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, **options)
+    start = time.perf_counter()
+    report = selfcheck(model, torch.zeros(2, 3, size, size), GateConfig(groups=GROUPS))
+    return report, time.perf_counter() - start
+
+
+def table(names: list[str], size: int) -> str:
+    """One row a model."""
+    rows = []
+    for name in names:
+        report, seconds = check(name, size)
+        print(f"{name}: {report}", flush=True)
+        macs = (f"{report.flops_left:.1%}", f"{report.flops_run:.1%}")
+        errors = (f"{report.error:.1e}", f"{report.float_error:.1e}", f"{report.response:.1e}")
+        rows.append((name, report.gated, *macs, *errors, f"{seconds:.0f}"))
+    headers = ["model", "gates", "MACs left", "MACs run", "error float64", "error float32", "response", "seconds"]
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--write", type=Path, help="write the result page to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = table(options.models, options.size)
+    print(result)
+    if options.write:
+        options.write.write_text(
+            "# Masked = lowered on torchvision's networks\n\n"
+            f"A random plan (random groups, {GROUPS} a layer, random energies) on a network made alive: batch norms "
+            "get random scales and shifts and statistics of random inputs. The lowered network is compared with the masked "
+            f"one at batches 1 and 5, {options.size}x{options.size} images. Errors are the largest difference over the "
+            "largest output, to be at most 1e-9 in float64; `response` is how much the outputs change between two "
+            f"random inputs. torch {torch.__version__}, torchvision {torchvision.__version__}, one CPU thread; the "
+            f"seconds are of a shared machine.\n\n{result}\n\nMade by\n\n"
+            f"    OMP_NUM_THREADS=1 python -m benchmarks.selfcheck_table --write {options.write}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
