@@ -1,6 +1,6 @@
 """Writes what a `python -m dspfx compress` run measured as a page: table, learning curves, command, machine.
 
-    python -m benchmarks.run_page runs/demo docs/results/demo.md --title "The demo" --command "make demo"
+python -m benchmarks.run_page runs/demo docs/results/demo.md --title "The demo" --command "make demo"
 """
 
 from __future__ import annotations
@@ -46,19 +46,22 @@ def page(content: dict, title: str, command: str) -> str:
     names = next((list(epochs[0]) for epochs in content["curves"].values() if epochs), [])
     limit = content["arguments"].get("limit_train")
     scale = f"Only {limit} training images were used. " if limit else ""
-    return "\n\n".join(
-        [
-            f"# {title}",
-            f"{scale}Accuracy on {images} test images, read once at the end; the epoch was chosen on a validation "
-            f"split. FLOPs kept counts the (filter, input channel) pairs that pruning left, FLOPs run what PyTorch "
-            f"executes. Latency is the median of interleaved rounds in PyTorch eager on {machine['device']} "
-            f"({machine['processor']}, {machine['threads']} threads), torch {content['versions']['torch']}.",
-            tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True),
-            "## Epochs",
-            tabulate(curves, headers=["stage", *names], tablefmt="github", disable_numparse=True),
-            f"Made by\n\n    {command}",
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                f"# {title}",
+                f"{scale}Accuracy on {images} test images, read once at the end; the epoch was chosen on a validation "
+                f"split. FLOPs kept counts the (filter, input channel) pairs that pruning left, FLOPs run what PyTorch "
+                f"executes. Latency is the median of interleaved rounds in PyTorch eager on {machine['device']} "
+                f"({machine['processor']}, {machine['threads']} threads), torch {content['versions']['torch']}.",
+                tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True),
+                "## Epochs",
+                tabulate(curves, headers=["stage", *names], tablefmt="github", disable_numparse=True),
+                f"Made by\n\n    {command}",
+            ]
+        )
+        + "\n"
+    )
 
 
 def main() -> None:

@@ -38,9 +38,9 @@ def table(names: list[str], size: int) -> str:
         report, seconds = check(name, size)
         print(f"{name}: {report}", flush=True)
         macs = (f"{report.flops_left:.1%}", f"{report.flops_run:.1%}")
-        errors = (f"{report.error:.1e}", f"{report.float_error:.1e}", f"{report.response:.1e}")
+        errors = [f"{e:.1e}" for e in (report.error, report.float_error, report.rounding, report.response)]
         rows.append((name, report.gated, *macs, *errors, f"{seconds:.0f}"))
-    headers = ["model", "gates", "MACs left", "MACs run", "error float64", "error float32", "response", "seconds"]
+    headers = ["model", "gates", "MACs left", "MACs run", "error float64", "float32", "rounding", "response", "seconds"]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -57,9 +57,11 @@ def main() -> None:
         options.write.write_text(
             "# Masked = lowered on torchvision's networks\n\n"
             f"A random plan (random groups, {GROUPS} a layer, random energies) on a network made alive: batch norms "
-            "get random scales and shifts and statistics of random inputs. The lowered network is compared with the masked "
-            f"one at batches 1 and 5, {options.size}x{options.size} images. Errors are the largest difference over the "
-            "largest output, to be at most 1e-9 in float64; `response` is how much the outputs change between two "
+            "get random scales and shifts and statistics of random inputs. The lowered network is compared with the "
+            f"masked one at batches 1 and 5, {options.size}x{options.size} images. Errors are the largest difference "
+            "over the largest output, to be at most 1e-9 in float64 and 1e-5 in float32; `rounding` is the distance "
+            "of the masked network in float32 from itself in float64: two float32 networks cannot agree better than "
+            "either is right. `response` is how much the outputs change between two "
             f"random inputs. torch {torch.__version__}, torchvision {torchvision.__version__}, one CPU thread; the "
             f"seconds are of a shared machine.\n\n{result}\n\nMade by\n\n"
             f"    OMP_NUM_THREADS=1 python -m benchmarks.selfcheck_table --write {options.write}\n"

@@ -42,6 +42,9 @@ class GateConfig:
         object.__setattr__(self, "skip", tuple(self.skip))
 
 
+DEFAULT_GATES = GateConfig()
+
+
 @dataclass(frozen=True)
 class Budget:
     """Fractions of the dense network that REMAIN, each in (0, 1]; all those given hold at once.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from dspfx.errors import ModelError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.channels import ChannelGraph
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.plans import GatePlan, Plan
 
 

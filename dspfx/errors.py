@@ -26,7 +26,7 @@ class ModelError(DspfxError):
 
 
 class MismatchError(DspfxError):
-    """Two things that must describe the same network do not: plan and model, optimizer and model, masked and lowered."""
+    """Two things that must describe one network do not: plan and model, optimizer and model, masked and lowered."""
 
 
 class StorageError(DspfxError):

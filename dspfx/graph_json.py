@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dspfx.errors import StorageError
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.graph.tracer import attribute
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group

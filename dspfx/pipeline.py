@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from dspfx.config import Budget, GateConfig
+from dspfx.config import DEFAULT_GATES, Budget, GateConfig
 from dspfx.errors import ModelError
 from dspfx.graph.analyse import analyse
-from dspfx.graph.trace import TracedModule, describe_inputs, eval_only, propagate, trace
+from dspfx.graph.inputs import describe_inputs, propagate
+from dspfx.graph.trace import trace
+from dspfx.graph.traced import TracedModule, eval_only
 from dspfx.method.importance import Importance, resolve
 from dspfx.modules import GatedConv2d
 from dspfx.passes.apply_masks import apply_masks
@@ -24,7 +26,7 @@ from dspfx.passes.shrink_channels import shrink_channels
 from dspfx.plans import PrunePlan
 
 
-def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = GateConfig()) -> TracedModule:
+def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = DEFAULT_GATES) -> TracedModule:
     """A traced copy of `model` with a gate in every convolution that can have one; `model` is left as it was.
 
     Outputs and gradients are identical, every batch and spatial size that the model accepts is accepted, `train()`
@@ -49,9 +51,7 @@ def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = G
     return insert_gates(gm, plan)
 
 
-def prune(
-    gm: nn.Module, budget: Budget, importance: str | Importance = "l2", example_inputs: Any = None
-) -> PrunePlan:
+def prune(gm: nn.Module, budget: Budget, importance: str | Importance = "l2", example_inputs: Any = None) -> PrunePlan:
     """Prunes a prepared network in place to `budget` and returns the plan; what is dropped stays zero in training.
 
     Groups are those learned; where the gates never learned, filters are clustered by their channel energies. May be
@@ -78,9 +78,7 @@ def prune(
     return plan
 
 
-def lower(
-    model: nn.Module, example_inputs: Any = None, *, fold: bool = True, width_multiple: int = 1
-) -> TracedModule:
+def lower(model: nn.Module, example_inputs: Any = None, *, fold: bool = True, width_multiple: int = 1) -> TracedModule:
     """A smaller network of plain torch parts, in eval mode, equal to `model.eval()`; `model` is left as it was.
 
     Works on a pruned network, and on any model with zeros in its weights. Channels that nobody needs are removed,

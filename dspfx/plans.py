@@ -87,9 +87,13 @@ class GatePlan(Plan):
     skipped: tuple[Skipped, ...]
 
     def __str__(self) -> str:
-        rows: list[tuple[Any, ...]] = [(s.name, s.groups, f"{s.out_channels} x {s.in_channels}", s.macs, "") for s in self.layers]
+        rows: list[tuple[Any, ...]] = [
+            (s.name, s.groups, f"{s.out_channels} x {s.in_channels}", s.macs, "") for s in self.layers
+        ]
         rows += [(s.name, "-", s.kind, s.macs, s.reason) for s in self.skipped]
-        return tabulate(rows, headers=["layer", "groups", "filters x channels", "MACs", "skipped because"])
+        return tabulate(
+            rows, headers=["layer", "groups", "filters x channels", "MACs", "skipped because"], disable_numparse=True
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,9 @@ class PrunePlan(Plan):
             shape = "  ".join(f"{len(g.filters)}x{len(g.channels)}" for g in layer.groups if g.filters)
             left = layer.macs_left / layer.macs if layer.macs else 1.0
             rows.append((layer.name, f"{layer.out_channels}x{layer.in_channels}", shape or "(all dead)", f"{left:.1%}"))
-        table = tabulate(rows, headers=["layer", "dense", "groups: filters x channels", "FLOPs left"])
+        table = tabulate(
+            rows, headers=["layer", "dense", "groups: filters x channels", "FLOPs left"], disable_numparse=True
+        )
         return (
             f"{table}\nwhole network: {self.flops_left:.1%} of FLOPs and {self.params_left:.1%} of parameters left "
             f"(gated convolutions only: {self.gated_flops_left:.1%} of FLOPs)"
@@ -172,7 +178,7 @@ class LowerPlan(Plan):
 
     @property
     def flops_run(self) -> float:
-        """Fraction of the multiply-adds before lowering that the lowered network executes; 1 where none were counted."""
+        """Fraction of the multiply-adds before lowering that are executed after it; 1 where none were counted."""
         dense = sum(layer.macs for layer in self.layers)
         return sum(layer.macs_run for layer in self.layers) / dense if dense else 1.0
 
@@ -184,4 +190,5 @@ class LowerPlan(Plan):
             share = [f"{part / layer.macs:.1%}" if layer.macs else "-" for part in (layer.macs_left, layer.macs_run)]
             rows.append((layer.name, layer.form, dense, shape, *share))
         headers = ["layer", "form", "filters x channels", "branches", "FLOPs left", "FLOPs run"]
-        return f"{tabulate(rows, headers=headers)}\nthe lowered network runs {self.flops_run:.1%} of the FLOPs"
+        table = tabulate(rows, headers=headers, disable_numparse=True)
+        return f"{table}\nthe lowered network runs {self.flops_run:.1%} of the FLOPs"

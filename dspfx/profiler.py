@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
-from dspfx.graph.trace import TracedModule, describe_inputs, guess_inputs, materialise
+from dspfx.graph.inputs import describe_inputs, guess_inputs, materialise
+from dspfx.graph.traced import TracedModule
 from dspfx.plans import Plan
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dspfx.config import GateConfig, Inputs
+from dspfx.config import DEFAULT_GATES, GateConfig, Inputs
 from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
-from dspfx.graph.trace import TracedModule, materialise
+from dspfx.graph.inputs import materialise
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d
 from dspfx.passes.apply_masks import apply_masks
 from dspfx.passes.plan_prune import Search
@@ -34,6 +35,7 @@ class SelfcheckReport:
         flops_run: fraction of MACs that the lowered network executes.
         error: largest difference masked against lowered in float64, relative to the output's scale.
         float_error: the same in float32.
+        rounding: what float32 alone makes of the masked network: its distance from float64, as above.
         response: relative change of the output between two random inputs; near zero the comparison proves little.
         batches: batch sizes compared.
     """
@@ -44,21 +46,23 @@ class SelfcheckReport:
     flops_run: float
     error: float
     float_error: float
+    rounding: float
     response: float
     batches: tuple[int, ...]
 
     def __str__(self) -> str:
         dull = "" if self.response > 1e-3 else " (the outputs hardly respond to the input: this proves little)"
+        batches = ", ".join(map(str, self.batches))
         return (
             f"{self.model}: {self.gated} gated convolutions, random plan with {self.flops_left:.1%} of FLOPs left, "
             f"lowered runs {self.flops_run:.1%}; masked = lowered within {self.error:.1e} (float64), "
-            f"{self.float_error:.1e} (float32) at batches {', '.join(map(str, self.batches))}; outputs change by "
-            f"{self.response:.1e} between inputs{dull}"
+            f"{self.float_error:.1e} (float32, whose own rounding is {self.rounding:.1e}) at batches "
+            f"{batches}; outputs change by {self.response:.1e} between inputs{dull}"
         )
 
 
 def selfcheck(
-    model: nn.Module, example_inputs: Any = None, config: GateConfig = GateConfig(), seed: int = 0
+    model: nn.Module, example_inputs: Any = None, config: GateConfig = DEFAULT_GATES, seed: int = 0
 ) -> SelfcheckReport:
     """Prunes a copy of `model` at random, lowers it, and compares both in float64; `model` and RNG are untouched.
 
@@ -107,9 +111,9 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> Selfche
             f"{type(model).__name__}: the lowered network differs from the masked one by {error:.2e} of the output's "
             f"scale, allowed is {TOLERANCE:.0e} in float64. Please report this model; do not use its lowered form."
         )
-    float_error = max(_compare(gm.float(), small.float(), batch)[0] for batch in batches)
+    float_error, rounding = _compare_floats(gm, small, batches)
     run = small.meta["lower_plan"].flops_run
-    return SelfcheckReport(type(model).__name__, len(gates), left, run, error, float_error, response, batches)
+    return SelfcheckReport(type(model).__name__, len(gates), left, run, error, float_error, rounding, response, batches)
 
 
 def revive(gm: TracedModule) -> None:
@@ -167,16 +171,35 @@ def random_inputs(gm: TracedModule, batch: int) -> tuple[Any, Any]:
 
 
 def _compare(masked: TracedModule, small: TracedModule, batch: int) -> tuple[float, float]:
-    """(largest difference over all outputs, relative change between two inputs), both of the outputs' scale."""
+    """(difference masked to lowered, change between two inputs), largest over all outputs and of their scale."""
     one, two = random_inputs(masked, batch), random_inputs(masked, batch)
+    expected = _run(masked, one)
+    return _distance(expected, _run(small, one)), _distance(expected, _run(masked, two))
+
+
+def _compare_floats(masked: TracedModule, small: TracedModule, batches: tuple[int, ...]) -> tuple[float, float]:
+    """(difference masked to lowered, masked to its float64 self) in float32; both networks are float32 afterwards."""
+    inputs = [random_inputs(masked, batch) for batch in batches]
+    exact = [_run(masked, one) for one in inputs]
+    masked.float()
+    small.float()
+    error = rounding = 0.0
+    for one, truth in zip(inputs, exact, strict=True):
+        one = pytree.tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, one)
+        found = _run(masked, one)
+        error = max(error, _distance(found, _run(small, one)))
+        rounding = max(rounding, _distance(truth, found))
+    return error, rounding
+
+
+def _run(network: nn.Module, inputs: tuple[Any, Any]) -> list[Tensor]:
     with torch.no_grad():
-        a, b, other = (_tensors(net(*args, **kwargs)) for net, (args, kwargs) in ((masked, one), (small, one), (masked, two)))
-    worst, change = 0.0, 0.0
-    for x, y, z in zip(a, b, other, strict=True):
-        scale = max(float(x.abs().max()), 1e-30)
-        worst = max(worst, float((x - y).abs().max()) / scale)
-        change = max(change, float((x - z).abs().max()) / scale)
-    return worst, change
+        return _tensors(network(*inputs[0], **inputs[1]))
+
+
+def _distance(expected: list[Tensor], found: list[Tensor]) -> float:
+    pairs = zip(expected, found, strict=True)
+    return max((float((x - y).abs().max() / x.abs().max().clamp(min=1e-30)) for x, y in pairs), default=0.0)
 
 
 def _tensors(output: Any) -> list[Tensor]:

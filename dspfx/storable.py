@@ -18,7 +18,7 @@ from torchvision.models import swin_transformer
 from torchvision.models.convnext import LayerNorm2d
 
 from dspfx.graph import moves, rules
-from dspfx.graph.trace import TrainingFlag
+from dspfx.graph.traced import TrainingFlag
 from dspfx.graph.tracer import expect
 from dspfx.modules import GroupConv2d
 

@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
 from dspfx.errors import DspfxError, StorageError
-from dspfx.graph.trace import TracedModule, propagate, trace
+from dspfx.graph.inputs import propagate
+from dspfx.graph.trace import trace
+from dspfx.graph.traced import TracedModule
 from dspfx.graph_json import decode_network, encode_network, named_tensors
 from dspfx.modules import GatedConv2d
 from dspfx.passes.insert_gates import insert_gates

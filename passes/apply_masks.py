@@ -1,6 +1,6 @@
 """Afterwards everything a PrunePlan drops is zero, and stays zero through every optimizer step.
 
-    conv -> bn      dead filters: conv.weight[o] = conv.bias[o] = bn.weight[o] = bn.bias[o] = 0
+conv -> bn      dead filters: conv.weight[o] = conv.bias[o] = bn.weight[o] = bn.bias[o] = 0
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.channels import ChannelGraph
 from dspfx.graph.liveness import Reads, liveness
-from dspfx.graph.trace import TracedModule, traced_modules
+from dspfx.graph.traced import TracedModule, traced_modules
 from dspfx.modules import GatedConv2d
 from dspfx.plans import PrunePlan
+
 
 def apply_masks(gm: TracedModule, plan: PrunePlan, channels: ChannelGraph | None = None) -> TracedModule:
     """Writes the plan into the gates of `gm` and zeroes, in place, what it drops (also in a copy, such as an EMA).
@@ -31,7 +32,8 @@ def apply_masks(gm: TracedModule, plan: PrunePlan, channels: ChannelGraph | None
         if module is None or found != (layer.out_channels, layer.in_channels, len(layer.groups)):
             raise MismatchError(
                 f"the prune plan has {layer.out_channels} x {layer.in_channels} in {len(layer.groups)} groups for "
-                f"{layer.name}, the model {found or 'no gated convolution'}; prepare the model as when the plan was made."
+                f"{layer.name}, the model {found or 'no gated convolution'}; prepare the model as when the plan was "
+                f"made."
             )
     for layer in plan.layers:
         module = gated[layer.name]
@@ -53,16 +55,16 @@ def find_masks(gm: TracedModule, channels: ChannelGraph) -> dict[str, Tensor]:
     reads: dict[str, Reads] = {}
     for step in channels.steps:
         if step.kind == "conv":
-            module = gated.get(step.module)
-            if module is not None and module.is_pruned:
-                reads[step.module] = Reads(module.gate_keep.cpu(), module.gate_group.cpu())
+            gate = gated.get(step.module)
+            if gate is not None and gate.is_pruned:
+                reads[step.module] = Reads(gate.gate_keep.cpu(), gate.gate_group.cpu())
             else:
                 reads[step.module] = Reads.dense(len(step.out), len(step.ins[0]))
     live = liveness(channels, reads)
     masks: dict[str, Tensor] = {}
-    for name, module in gated.items():
-        if module.is_pruned:
-            masks[f"{name}.weight"] = ~module.gate_mask().cpu()[:, :, None, None]
+    for name, gate in gated.items():
+        if gate.is_pruned:
+            masks[f"{name}.weight"] = ~gate.gate_mask().cpu()[:, :, None, None]
     for step in channels.steps:
         if step.kind == "map":
             continue

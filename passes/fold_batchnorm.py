@@ -1,17 +1,18 @@
 """Afterwards no batch norm in eval mode directly follows the only call of a convolution or linear layer.
 
-    conv -> bn -> relu      becomes      conv (scaled weights, shifted bias) -> relu
+conv -> bn -> relu      becomes      conv (scaled weights, shifted bias) -> relu
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from dspfx.graph.rules import is_plain
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import replace_module
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -27,13 +28,14 @@ def fold_batchnorm(gm: TracedModule) -> TracedModule:
         source = node.args[0] if node.args else None
         if source is None or source.op != "call_module" or len(source.users) != 1:
             continue
-        norm, layer = gm.get_submodule(str(node.target)), gm.get_submodule(str(source.target))
+        norm: Any = gm.get_submodule(str(node.target))
+        layer: Any = gm.get_submodule(str(source.target))
         if calls[str(node.target)] > 1 or calls[str(source.target)] > 1 or norm.running_mean is None:
             continue
         if is_plain(layer, _CONVS):
-            fused: nn.Module = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]
+            fused: nn.Module = fuse_conv_bn_eval(layer, norm)
         elif is_plain(layer, (nn.Linear,)) and node.meta["val"].dim() == 2:
-            fused = fuse_linear_bn_eval(layer, norm)  # type: ignore[arg-type]
+            fused = fuse_linear_bn_eval(layer, norm)
         else:
             continue
         replace_module(gm, str(source.target), fused)

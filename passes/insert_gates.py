@@ -1,6 +1,6 @@
 """Afterwards every planned convolution is a `GatedConv2d` of the same name over the same parameters.
 
-    conv1 (Conv2d) -> conv1 (GatedConv2d)      the graph itself is unchanged, and so are outputs and gradients
+conv1 (Conv2d) -> conv1 (GatedConv2d)      the graph itself is unchanged, and so are outputs and gradients
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from dspfx.errors import MismatchError
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d, replace_module
 from dspfx.plans import GatePlan
 
@@ -42,4 +42,3 @@ def insert_gates(gm: TracedModule, plan: GatePlan) -> TracedModule:
             replace_module(gm, alias, gated)
     gm.meta["gate_plan"] = plan
     return gm
-

@@ -1,13 +1,13 @@
 """Afterwards every convolution that a LowerPlan wants in branches is a `GroupConv2d` of the same name.
 
-    conv2 (Conv2d, mostly zeros) -> conv2 (GroupConv2d: select -> small convs -> cat -> reorder)
+conv2 (Conv2d, mostly zeros) -> conv2 (GroupConv2d: select -> small convs -> cat -> reorder)
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import GroupConv2d, replace_module
 from dspfx.plans import LowerPlan
 

@@ -11,7 +11,7 @@ from dspfx.errors import ConfigError, ModelError
 from dspfx.graph.channels import ChannelGraph
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.rules import is_plain
-from dspfx.graph.trace import TracedModule, all_graphs
+from dspfx.graph.traced import TracedModule, all_graphs
 from dspfx.plans import GatePlan, GateSpec, Skipped
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -29,7 +29,8 @@ def plan_gates(gm: TracedModule, channels: ChannelGraph, config: GateConfig) -> 
     functional = any(n.target in FUNCTIONAL for graph in all_graphs(gm) for n in graph.nodes)
     if not layers and not functional:
         raise ModelError(
-            f"{gm.meta['user_class'].__name__} has no convolution and no linear layer among its modules: there is nothing to prune."
+            f"{gm.meta['user_class'].__name__} has no convolution and no linear layer among its modules: "
+            "there is nothing to prune."
         )
     unknown = [name for name in config.skip if name not in layers]
     if unknown:

@@ -14,7 +14,7 @@ from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import Reads, liveness, unique_rows
 from dspfx.graph.simulate import pin_nodes, simulate
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.plans import Group, LoweredLayer, LowerPlan
 
 # Measured on CPUs (batch 1, fp32): below these sizes the gathers and narrow convolutions of branches cost more than
@@ -34,7 +34,7 @@ def plan_lower(gm: TracedModule, channels: ChannelGraph, width_multiple: int = 1
     steps = {step.module: step for step in reversed(channels.steps) if step.kind in ("conv", "depthwise")}
     reads: dict[str, Reads] = {}
     for name, step in steps.items():
-        weight = gm.get_submodule(name).weight
+        weight = gm.get_parameter(f"{name}.weight")
         if not bool(weight.isfinite().all()):
             raise ModelError(f"{name}.weight holds NaN or infinity; restore finite weights before lowering.")
         if step.kind == "conv":
@@ -51,7 +51,11 @@ def plan_lower(gm: TracedModule, channels: ChannelGraph, width_multiple: int = 1
         pin_nodes(channels, broken)
     costs = layer_costs(gm)
     return LowerPlan(
-        tuple(_plan_layer(gm, steps[name], reads.get(name), removed, cost) for name, cost in costs.items() if name in steps)
+        tuple(
+            _plan_layer(gm, steps[name], reads.get(name), removed, cost)
+            for name, cost in costs.items()
+            if name in steps
+        )
     )
 
 

@@ -17,7 +17,7 @@ from dspfx.errors import BudgetError, ModelError
 from dspfx.graph.channels import ChannelGraph
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import Liveness, Reads, liveness
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.method.clustering import cluster_filters
 from dspfx.method.importance import cumulative_share, group_energy
 from dspfx.modules import GatedConv2d
@@ -224,9 +224,9 @@ def _filter_pruned(search: Search, channels: ChannelGraph) -> set[str]:
     found = set()
     for step in channels.steps:
         roots = channels.root[step.out]
-        if step.module in search.gated and not bool(pinned[step.out].any()):
-            if bool((makers[roots] > 1).any() or ungated[roots].any()):
-                found.add(step.module)
+        is_free = step.module in search.gated and not bool(pinned[step.out].any())
+        if is_free and bool((makers[roots] > 1).any() or ungated[roots].any()):
+            found.add(step.module)
     return found
 
 

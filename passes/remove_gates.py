@@ -1,6 +1,6 @@
 """Afterwards no gate is left: every `GatedConv2d` is a plain `nn.Conv2d` of the same name, its dropped weights zero.
 
-    conv1 (GatedConv2d) -> conv1 (Conv2d)
+conv1 (GatedConv2d) -> conv1 (Conv2d)
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d, replace_module
 
 
@@ -35,7 +35,7 @@ def _plain(gated: GatedConv2d) -> nn.Conv2d:
         padding=gated.padding,  # type: ignore[arg-type]
         dilation=gated.dilation,  # type: ignore[arg-type]
         bias=gated.bias is not None,
-        padding_mode=gated.padding_mode,  # type: ignore[arg-type]
+        padding_mode=gated.padding_mode,
         device="meta",
     )
     conv.weight, conv.bias = gated.weight, gated.bias

@@ -1,6 +1,6 @@
 """Afterwards the channels that a LowerPlan does not keep are gone from every layer that carries them.
 
-    conv1 [16, 3] -> bn [16] -> conv2 [32, 16]      becomes      conv1 [9, 3] -> bn [9] -> conv2 [32, 9]
+conv1 [16, 3] -> bn [16] -> conv2 [32, 16]      becomes      conv1 [9, 3] -> bn [9] -> conv2 [32, 9]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dspfx.errors import MismatchError
 from dspfx.graph.channels import ChannelGraph
 from dspfx.graph.simulate import simulate
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.plans import LowerPlan
 
 

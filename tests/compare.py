@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.config import Budget, GateConfig
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d
 from dspfx.pipeline import prepare, prune
 from tests.zoo import ZooEntry

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.config import GateConfig
-from dspfx.graph.trace import TracedModule, all_graphs
+from dspfx.graph.traced import TracedModule, all_graphs
 from dspfx.graph.tracer import expect
 from dspfx.modules import GatedConv2d, GroupConv2d
 from dspfx.passes import plan_lower

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dspfx.config import Budget, GateConfig, Inputs
 from dspfx.errors import BudgetError, ConfigError, DspfxError, InputError, ModelError, TraceError
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d
 from dspfx.pipeline import lower, prepare, prune
 from dspfx.selfcheck import selfcheck

@@ -17,7 +17,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     names: dict[str, object] = {}
     exec(compile(code, str(README), "exec"), names)
     small, gm, plan = names["small"], names["gm"], names["plan"]
-    assert isinstance(small, torch.nn.Module) and isinstance(gm, torch.nn.Module)
+    assert isinstance(small, torch.nn.Module)
+    assert isinstance(gm, torch.nn.Module)
     images = torch.randn(3, 3, 48, 80)
     with torch.no_grad():
         expected, found = gm.eval()(images), small(images)

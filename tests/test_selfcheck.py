@@ -12,7 +12,7 @@ import torchvision
 from dspfx import pipeline
 from dspfx.config import GateConfig, Inputs
 from dspfx.errors import MismatchError
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.pipeline import prepare
 from dspfx.selfcheck import TOLERANCE, calibrate, random_inputs, revive, selfcheck
 from tests.compare import error, fingerprint, run, unchanged

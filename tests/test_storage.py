@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import dspfx
 from dspfx.errors import BudgetError, ModelError, StorageError
-from dspfx.graph.trace import TracedModule
+from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d, GroupConv2d
 from tests.zoo import ZOO, ZooEntry
 

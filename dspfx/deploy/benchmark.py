@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from dspfx.config import Inputs
 from dspfx.deploy.machine import describe_machine
 from dspfx.errors import ConfigError, InputError
+from dspfx.graph.inputs import describe_inputs
 from dspfx.graph.modes import evaluating
-from dspfx.graph.trace import describe_inputs
 
 WARM_UP = 3  # calls of each network before anything counts
 SAMPLE_SECONDS = 0.005  # a fast network is called more than once a sample, or the clock would be what is measured

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dspfx.graph.channels import Builder, ChannelGraph
 from dspfx.graph.rules import apply_rule
 from dspfx.graph.simulate import pin_what_breaks
-from dspfx.graph.trace import TracedModule, all_graphs
+from dspfx.graph.traced import TracedModule, all_graphs
 
 
 def analyse(gm: TracedModule) -> ChannelGraph:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -200,7 +201,7 @@ def _align(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[[Ten
     for axis in (1, -1):
         vectors = [along(t, axis) if t.dim() > 1 else None for t in tensors]
         if all(v is not None for v in vectors):
-            return tuple(v for v in vectors if v is not None), lambda out, shape: spread(out, shape, axis)
+            return tuple(v for v in vectors if v is not None), partial(spread, axis=axis)
     stacked = torch.stack(list(tensors), -1)
     rows, inverse = stacked.reshape(-1, len(tensors)).unique(dim=0, return_inverse=True)
     return rows.unbind(-1), lambda out, shape: compress(out[inverse].reshape(shape))

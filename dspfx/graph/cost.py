@@ -1,4 +1,4 @@
-"""Multiply-adds and weights of every convolution and linear layer, in fvcore's convention (a FLOP is a multiply-add)."""
+"""Multiply-adds (fvcore's FLOPs) and weights of every convolution and linear layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dspfx.graph.channels import module_of
-from dspfx.graph.trace import TracedModule, eval_graph
+from dspfx.graph.traced import TracedModule, eval_graph
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _forward(step: Step, values: Tensor, reads: Mapping[str, Reads], gm: nn.Modu
         ins = [values[i] for i in step.ins]
         result = step.function(*ins)
         return torch.where(ins[0].isnan(), NAN, result) if len(ins) == 1 else result
-    module = gm.get_submodule(step.module) if gm is not None else None
+    module: Any = gm.get_submodule(step.module) if gm is not None else None
     source = values[step.ins[0]]
     if step.kind == "norm":
         return torch.where(source == 0, ZERO, NAN) if module is None else _norm_constants(module, source)
@@ -103,7 +103,7 @@ def _forward(step: Step, values: Tensor, reads: Mapping[str, Reads], gm: nn.Modu
     return torch.where(varies, NAN, constant)
 
 
-def _norm_constants(module: nn.Module, source: Tensor) -> Tensor:
+def _norm_constants(module: Any, source: Tensor) -> Tensor:
     """A batch norm in eval mode on constant channels (NaN in, NaN out, unless its scale is zero)."""
     zeros, ones = torch.zeros_like(source), torch.ones_like(source)
 

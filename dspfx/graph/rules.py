@@ -11,50 +11,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, fx, nn
 
 from dspfx.graph.channels import Builder, Step, module_of, tensors_in
 from dspfx.graph.moves import is_move, run_move
+from dspfx.graph.ops import (
+    BINARY,
+    FROM_ZERO,
+    IDENTITIES,
+    IDENTITY_MODULES,
+    POINTWISE,
+    POINTWISE_MODULES,
+    POOL_MODULES,
+    POOLS,
+    REDUCTIONS,
+)
 from dspfx.graph.wires import along, compress, spread
 
 NAN = float("nan")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-POINTWISE_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU,
-    nn.ELU, nn.CELU, nn.SELU, nn.Tanh, nn.Softplus, nn.Softsign, nn.Mish, nn.LogSigmoid, nn.Threshold, nn.Hardshrink,
-)  # fmt: skip
-POINTWISE = {
-    *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.sqrt, torch.abs, torch.neg, torch.square),
-    *(torch.clamp, torch.pow, torch.erf, torch.log1p, operator.neg, operator.pow, F.relu, F.relu_, F.relu6, F.hardtanh),
-    *(F.silu, F.gelu, F.sigmoid, F.hardsigmoid, F.hardswish, F.leaky_relu, F.elu, F.celu, F.selu, F.tanh, F.softplus),
-    *(F.softsign, F.mish, F.logsigmoid, F.hardshrink, F.threshold),
-    *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "sqrt", "abs", "neg", "square", "clamp", "clamp_", "pow"),
-    *("clamp_min", "clamp_max", "erf", "float", "double", "half", "bfloat16", "to", "type_as", "type"),
-}
-BINARY = {
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.true_divide, torch.maximum, torch.minimum),
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub, operator.imul),
-    *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum"),
-}
-POOLS = {
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.max_pool1d),
-    *(torch.max_pool2d, torch.max_pool3d, torch.avg_pool1d, torch._C._nn.avg_pool2d, torch._C._nn.avg_pool3d),
-    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate),
-    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
-}
-POOL_MODULES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad2d, nn.ReflectionPad2d,
-    nn.ReplicationPad2d,
-)  # fmt: skip
-REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin, "mean", "sum", "amax", "amin"}
-IDENTITY_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
-IDENTITIES = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torchvision.ops.stochastic_depth}
-FROM_ZERO = {"mul", "mul_", "imul", "div", "div_", "truediv", "true_divide"}
 
 
 def apply_rule(b: Builder, node: fx.Node) -> Any:
@@ -139,7 +115,9 @@ def is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     if base is None or hasattr(module, "parametrizations"):
         return False
     overrides = any(
-        getattr(type(module), name) is not getattr(base, name) for name in ("forward", "_conv_forward") if hasattr(base, name)
+        getattr(type(module), name) is not getattr(base, name)
+        for name in ("forward", "_conv_forward")
+        if hasattr(base, name)
     )
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return not (overrides or hooks)
@@ -214,13 +192,14 @@ def _binary(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if len(args) != 2:
         return None
     function = _zero_aware(node)
-    scalars = [_scalar(b, n) if isinstance(n, fx.Node) else n for n in node.args]
+    scalars: list[Any] = [_scalar(b, n) if isinstance(n, fx.Node) else n for n in node.args]
     wires = [a for a, s in zip(args, scalars, strict=True) if isinstance(a, Tensor) and s is None]
     if len(wires) == 1:
-        x, y = (None if s is None else float(s) for s in scalars)  # type: ignore[arg-type]
-        if x is None:
-            return b.map(node, lambda v: function(v, torch.full_like(v, y), **node.kwargs), wires[0])
-        return b.map(node, lambda v: function(torch.full_like(v, x), v, **node.kwargs), wires[0])
+        first, second = scalars
+        constant = torch.tensor(float(second if first is None else first), dtype=torch.float64)
+        if first is None:
+            return b.map(node, lambda v: function(v, constant.expand_as(v), **node.kwargs), wires[0])
+        return b.map(node, lambda v: function(constant.expand_as(v), v, **node.kwargs), wires[0])
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not wires:
         return None

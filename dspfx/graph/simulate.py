@@ -89,7 +89,9 @@ def _tensor_sources(channels: ChannelGraph, node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _agrees(gm: nn.Module, channels: ChannelGraph, node: fx.Node, call: Any, env: dict[fx.Node, Any], wanted: Any) -> bool:
+def _agrees(
+    gm: nn.Module, channels: ChannelGraph, node: fx.Node, call: Any, env: dict[fx.Node, Any], wanted: Any
+) -> bool:
     target, args, kwargs = call
     args, kwargs = fx.map_arg(args, lambda n: env[n]), fx.map_arg(kwargs, lambda n: env[n])
     try:
@@ -170,7 +172,8 @@ def _shape_value(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     traced = node.meta.get("val")
     if node.op not in ("call_function", "call_method"):
         return traced
-    args, kwargs = fx.map_arg(node.args, lambda n: env[n]), fx.map_arg(node.kwargs, lambda n: env[n])
+    args: Any = fx.map_arg(node.args, lambda n: env[n])
+    kwargs: Any = fx.map_arg(node.kwargs, lambda n: env[n])
     try:
         if node.op == "call_method" and node.target in ("size", "numel", "dim"):
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -32,9 +32,11 @@ _UNKNOWN = object()
 
 def expect(value: Any, traced: Any, where: str) -> None:
     """Raises InputError unless `value` is what it was while tracing: only this value's branch is in the graph."""
-    if value != traced:
+    is_tensor = isinstance(value, Tensor)  # whose comparison would be a tensor, or refused
+    if is_tensor or value != traced:
+        met = f"a tensor of shape {tuple(value.shape)}" if is_tensor else repr(value)
         raise InputError(
-            f"{where} was {traced!r} with the traced example inputs and is {value!r} now; the model branches on it "
+            f"{where} was {traced!r} with the traced example inputs and is {met} now; the model branches on it "
             f"in Python, so this network holds only the traced branch. Give inputs of the traced kind, or prepare "
             f"the model again with such example inputs."
         )
@@ -118,6 +120,23 @@ class ShapeTracer(fx.Tracer):
             proxy.node.meta["val"] = value
         return proxy
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """The model's arguments: proxies, but None, flags and words as they are, which Python looks at unseen."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        return function, [self._fixed(arg) for arg in args]
+
+    def _fixed(self, arg: Any) -> Any:
+        if not isinstance(arg, fx.Proxy) or arg.node.op != "placeholder":
+            return arg
+        node = arg.node
+        if "val" not in node.meta and node.args:  # no example was given: the model's default is one
+            node.meta["val"] = node.args[0]
+        value = node.meta.get("val", _UNKNOWN)
+        if value is not None and not isinstance(value, (bool, str)):
+            return arg
+        self.create_node("call_function", expect, (node, value, f"the argument {node.target}"), {})
+        return value
+
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         graph = super().trace(root, concrete_args)
         for node in graph.nodes:
@@ -182,7 +201,8 @@ class ShapeTracer(fx.Tracer):
         return bool(self.concrete(obj, (bool, int, float)))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return iter([obj[i] for i in range(len(obj))])  # type: ignore[arg-type]
+        sequence: Any = obj
+        return iter([sequence[i] for i in range(len(sequence))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         value = obj.node.meta.get("val", _UNKNOWN)

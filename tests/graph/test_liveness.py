@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from dspfx.graph.analyse import analyse
 from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.liveness import Liveness, Reads, liveness, unique_rows
-from dspfx.graph.trace import TracedModule, trace
+from dspfx.graph.trace import trace
+from dspfx.graph.traced import TracedModule
 from tests.compare import leaves
 from tests.nets.residual import SliceAndPad, Sum
 from tests.zoo import ZOO
