@@ -55,10 +55,10 @@ class TracedModule(fx.GraphModule):
             return super().__getattr__(name)
         except AttributeError:
             owner = self.__dict__.get("meta", {}).get("user_class")
-            found = inspect.getattr_static(owner, name, None) if owner else None
-            if found is None or not hasattr(found, "__get__"):
+            if owner is None or not hasattr(owner, name):
                 raise
-            return found.__get__(self, owner)
+            found = inspect.getattr_static(owner, name)
+            return found.__get__(self, owner) if hasattr(found, "__get__") else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         # fx's own copy would drop what the graph does not mention and make every buffer persistent.
