@@ -774,7 +774,8 @@ def test_a_gpu_draws_the_same_samples_and_keeps_its_generator(mode: Mode) -> Non
             learner.step(lambda x=x, y=y, net=net: F.dropout(F.cross_entropy(net(x), y), 0.0))  # type: ignore[misc]
         assert torch.equal(torch.cuda.get_rng_state(), generator)
         averages.append(learner.state_dict()["layers"]["a"]["exp_avg"].cpu())
-    assert torch.allclose(*averages, rtol=1e-6, atol=1e-12)
+    first, second = averages
+    assert torch.allclose(first, second, rtol=1e-6, atol=1e-12)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

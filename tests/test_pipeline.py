@@ -56,7 +56,7 @@ class Listed(Small):
 class Wide(Small):
     """Two inputs, so that no image alone is accepted."""
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x + y)
 
 
