@@ -83,7 +83,7 @@ def test_what_is_no_plan_is_refused(kind: type[Plan], text: str) -> None:
 def test_wrong_fields_are_named() -> None:
     gates, pruned, lowered = plans("resnet_padded")
     assert pruned is not None
-    cases = [
+    cases: list[tuple[type[Plan], str, str]] = [
         (GatePlan, change(gates, extra=1), "unknown field 'extra'"),
         (PrunePlan, change(pruned, beta="high"), "expected float, found 'high'"),
         (PrunePlan, change(pruned, layers=[{"name": 3}]), "expected str, found 3"),
@@ -95,7 +95,11 @@ def test_wrong_fields_are_named() -> None:
     for kind, text, reason in cases:
         with pytest.raises(StorageError, match=rf"^This is not the JSON of a {kind.__name__}: {reason}\.$"):
             kind.from_json(text)
-    for kind, text in ((PrunePlan, change(pruned, beta=None)), (GatePlan, change(gates, config=None))):
+    lacking: list[tuple[type[Plan], str]] = [
+        (PrunePlan, change(pruned, beta=None)),
+        (GatePlan, change(gates, config=None)),
+    ]
+    for kind, text in lacking:
         with pytest.raises(StorageError, match=rf"^This is not the JSON of a {kind.__name__}: .*missing 1 required"):
             kind.from_json(text)
 

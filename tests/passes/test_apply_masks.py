@@ -136,6 +136,7 @@ def test_an_average_made_before_pruning_follows_by_apply_masks() -> None:
     average.update_parameters(gm)
     plan = prune(gm, Budget(flops=0.5))
     dead = zeros(gm)
+    assert isinstance(average.module, TracedModule)
     apply_masks(average.module, plan)
     check_zeros(average, dead, "module.")
     for _ in range(3):

@@ -153,7 +153,7 @@ def test_every_kind_of_layer_is_sliced() -> None:
         *[nn.Conv2d(8, 16, 3, padding=1, groups=8, bias=False), nn.AdaptiveAvgPool2d(2), nn.Flatten()],
         *[nn.Linear(64, 5)],
     )
-    model[1].bias.data[[0, 7]] = 0
+    model.get_parameter("1.bias").data[[0, 7]] = 0
     gm, channels, plan = planned(model, torch.zeros(1, 3, 6, 6))
     nodes = len(gm.graph.nodes)
     assert shrink_channels(gm, channels, plan) is gm
@@ -172,6 +172,8 @@ def test_every_kind_of_layer_is_sliced() -> None:
     assert isinstance(depthwise, nn.Conv2d)
     assert (first.out_channels, first.in_channels) == (6, 3)
     assert (depthwise.out_channels, depthwise.in_channels, depthwise.groups) == (12, 6, 6)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(linear, nn.Linear)
     assert (norm.num_features, linear.in_features, linear.out_features) == (6, 48, 5)
 
 
@@ -183,7 +185,7 @@ def test_frozen_parameters_stay_frozen_and_the_model_its_own() -> None:
         "0.weight": False,
         **dict.fromkeys(("0.bias", "1.weight", "1.bias"), True),
     }
-    assert model[0].weight.shape[0] == 8
+    assert model.get_parameter("0.weight").shape[0] == 8
 
 
 def test_a_plan_that_cuts_what_a_literal_holds_is_refused() -> None:
