@@ -18,7 +18,7 @@ LAYERS = (
     {"method"},
     {"graph", "modules"},
     {"passes"},
-    {"gates", "second_pass", "learner", "storage", "graph_json", "value_json", "storable"},
+    {"gates", "second_pass", "learner", "storage"},
     {"deploy"},
     {"pipeline", "profiler", "coverage", "selfcheck"},
     {"integrations"},

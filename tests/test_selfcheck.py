@@ -46,8 +46,8 @@ def test_the_report_prints_what_it_measured() -> None:
     report = selfcheck(ZOO["plain"].build(), ZOO["plain"].inputs())
     text = re.compile(
         r"Sequential: 2 gated convolutions, random plan with \d+\.\d% of FLOPs left, lowered runs \d+\.\d%; masked = "
-        r"lowered within \d\.\de-1\d \(float64\), \d\.\de-0\d \(float32, whose own rounding is \d\.\de-0\d\) at batches "
-        r"1, 5; outputs change by \d\.\de-0\d between inputs"
+        r"lowered within \d\.\de-1\d \(float64\), \d\.\de-0\d \(float32, whose own rounding is \d\.\de-0\d\) at "
+        r"batches 1, 5; outputs change by \d\.\de-0\d between inputs"
     )
     assert text.fullmatch(str(report))
 

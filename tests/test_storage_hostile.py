@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dspfx
-from dspfx import storable
 from dspfx.errors import StorageError
 from dspfx.graph import moves, rules
-from dspfx.graph_json import decode_network
+from dspfx.storage import allowed as allow_list
+from dspfx.storage.network import decode_network
 from tests.test_storage import metadata
 
 
@@ -286,19 +286,19 @@ def test_json_that_nests_too_deep_is_refused(path: Path) -> None:
 
 def test_nothing_but_tensor_arithmetic_is_in_the_tables() -> None:
     allowed = ("torch.", "torch.nn.functional.", "torch.fft.", "torchvision.ops.", "torchvision.swin.", "operator.")
-    assert {name for name in storable.FUNCTIONS if not name.startswith(allowed)} == {"getattr", "dspfx.expect"}
+    assert {name for name in allow_list.FUNCTIONS if not name.startswith(allowed)} == {"getattr", "dspfx.expect"}
     forbidden = re.compile("load|save|file|eval|exec|import|compile|script|hook|apply|numpy|storage|attrgetter|method")
-    assert [name for name in {*storable.FUNCTIONS, *storable.METHODS, *storable.LAYERS} if forbidden.search(name)] == []
-    assert not any(name.startswith("_") for name in storable.METHODS | storable.ATTRIBUTES)
+    assert [name for name in {*allow_list.FUNCTIONS, *allow_list.METHODS, *allow_list.LAYERS} if forbidden.search(name)] == []
+    assert not any(name.startswith("_") for name in allow_list.METHODS | allow_list.ATTRIBUTES)
 
 
 def test_every_operation_with_a_rule_can_be_stored() -> None:
     tables = (rules.POINTWISE, rules.BINARY, rules.POOLS, rules.REDUCTIONS, rules.IDENTITIES)
     known = {k for table in (*tables, moves.FUNCTIONS, moves.METHODS) for k in table}
-    lost = [k for k in known if not (k in storable.METHODS if isinstance(k, str) else k in storable.FUNCTION_NAMES)]
+    lost = [k for k in known if not (k in allow_list.METHODS if isinstance(k, str) else k in allow_list.FUNCTION_NAMES)]
     assert lost == []
     layers = {*rules.POINTWISE_MODULES, *rules.POOL_MODULES, *rules.IDENTITY_MODULES, *moves.MODULES}
-    assert layers <= set(storable.LAYER_NAMES)
+    assert layers <= set(allow_list.LAYER_NAMES)
 
 
 def test_damaged_bytes_raise_storage_errors_only(path: Path) -> None:

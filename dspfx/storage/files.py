@@ -26,11 +26,11 @@ from dspfx.errors import DspfxError, StorageError
 from dspfx.graph.inputs import propagate
 from dspfx.graph.trace import trace
 from dspfx.graph.traced import TracedModule
-from dspfx.graph_json import decode_network, encode_network, named_tensors
 from dspfx.modules import GatedConv2d
 from dspfx.passes.insert_gates import insert_gates
 from dspfx.plans import GatePlan, LowerPlan
-from dspfx.value_json import decode_value, encode_value, expect, look_up
+from dspfx.storage.network import decode_network, encode_network, named_tensors
+from dspfx.storage.values import decode_value, encode_value, expect, look_up
 
 FORMAT = 1
 _INPUTS_REMEDY = "Use example inputs made of tensors, numbers, strings, and lists, tuples or dicts of them."
@@ -82,7 +82,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Traced
     """Reads what `save` wrote; `model` is left as it was. Nothing in the file is ever run as code.
 
     Args:
-        path: the file. It may come from anywhere: only what dspfx/storable.py lists is built from it, though like
+        path: the file. It may come from anywhere: only what dspfx/allowed.py lists is built from it, though like
             any network it may ask for more time or memory than there is.
         model: for a prepared, trained or pruned network, an instance of the class it was prepared from; its values
             do not matter, its device, dtype and mode are kept. A lowered network needs none: it comes on the CPU, in

@@ -1,4 +1,4 @@
-"""A lowered network as JSON and back: graph, layers and values, made only of what dspfx/storable.py lists.
+"""A lowered network as JSON and back: graph, layers and values, made only of what dspfx/allowed.py lists.
 
     gm -> {"nodes": [...], "layers": [...], "constants": {...}} -> a network of the same structure on the meta device
 
@@ -21,8 +21,8 @@ from dspfx.graph.traced import TracedModule
 from dspfx.graph.tracer import attribute
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group
-from dspfx.storable import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, LAYER_NAMES, LAYERS, METHODS
-from dspfx.value_json import check_identifier, decode_value, encode_value, expect, look_up, short
+from dspfx.storage.allowed import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, LAYER_NAMES, LAYERS, METHODS
+from dspfx.storage.values import check_identifier, decode_value, encode_value, expect, look_up, short
 
 _PATH_PART = re.compile(r"(?!__)[A-Za-z0-9_-]+", re.ASCII)
 _RESERVED = frozenset(
