@@ -117,7 +117,7 @@ def test_selfcheck_passes(entry: ZooEntry) -> None:
 
 
 @each_entry
-@pytest.mark.parametrize("form", ["dense", "branches", "multiples of 4", "unfolded"])
+@pytest.mark.parametrize("form", ["dense", "branches", "unfolded in fours"])
 def test_masked_equals_lowered(entry: ZooEntry, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if form == "branches":
         monkeypatch.setattr(plan_lower, "BRANCH_WIDTH", 1)
@@ -125,7 +125,7 @@ def test_masked_equals_lowered(entry: ZooEntry, form: str, monkeypatch: pytest.M
         monkeypatch.setattr(plan_lower, "BRANCH_SHARE", 1.01)
     gm = pruned(entry)
     before = fingerprint(gm)
-    small = lower(gm, fold=form != "unfolded", width_multiple=4 if form == "multiples of 4" else 1)
+    small = lower(gm, fold=form != "unfolded in fours", width_multiple=4 if form == "unfolded in fours" else 1)
     assert unchanged(before, fingerprint(gm))
     assert not small.training
     assert not any(isinstance(m, GatedConv2d) for m in small.modules())
@@ -138,7 +138,7 @@ def test_masked_equals_lowered(entry: ZooEntry, form: str, monkeypatch: pytest.M
         is_split = isinstance(small.get_submodule(layer.name), GroupConv2d)
         assert is_split == (layer.form == "branches")
         assert form == "branches" or not is_split
-    if form == "unfolded":
+    if form == "unfolded in fours":
         check_training(gm, small, entry)
     if form == "dense":
         check_twice(small, entry)
