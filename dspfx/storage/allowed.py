@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models import swin_transformer
 from torchvision.models.convnext import LayerNorm2d
 
-from dspfx.graph import moves, rules
+from dspfx.graph import moves, ops
 from dspfx.graph.traced import TrainingFlag
 from dspfx.graph.tracer import expect
 from dspfx.modules import GroupConv2d
@@ -53,7 +53,7 @@ _FURTHER_METHODS = (
     "new_zeros new_ones new_full fill_ zero_ stride is_floating_point element_size"
 )
 _KNOWN: tuple[Any, ...] = (
-    *(*rules.POINTWISE, *rules.BINARY, *rules.POOLS, *rules.REDUCTIONS, *rules.IDENTITIES),
+    *(*ops.POINTWISE, *ops.BINARY, *ops.POOLS, *ops.REDUCTIONS, *ops.IDENTITIES),
     *(*moves.FUNCTIONS, *moves.METHODS),
 )
 
@@ -84,7 +84,7 @@ _LAYERS: tuple[type[nn.Module], ...] = (
     *(nn.ZeroPad1d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d),
     *(nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d),
     *(nn.CircularPad3d, nn.LPPool1d, nn.LPPool2d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Unfold, nn.Fold),
-    *(*rules.POINTWISE_MODULES, *rules.POOL_MODULES, *rules.IDENTITY_MODULES, *moves.MODULES),
+    *(*ops.POINTWISE_MODULES, *ops.POOL_MODULES, *ops.IDENTITY_MODULES, *moves.MODULES),
 )
 LAYERS: dict[str, type[nn.Module]] = {
     **{f"torch.nn.{layer.__name__}": layer for layer in _LAYERS},
