@@ -27,6 +27,7 @@ def check(name: str, size: int) -> None:
     model = torchvision.models.get_model(name, weights=None, **options)
     report = selfcheck(model, torch.zeros(2, 3, size, size), GateConfig(groups=2))
     assert report.error <= TOLERANCE
+    assert report.float_error <= 1e-5
     assert report.response > 1e-3
     assert report.flops_left < report.flops_run < 1
 
