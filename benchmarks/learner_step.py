@@ -10,7 +10,6 @@ round, so that a machine that slows down slows all three.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,47 +17,24 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+import dspfx
 from dspfx.cli.models import build
-from dspfx.config import GateConfig
+from dspfx.deploy.machine import processor
 from dspfx.learner import GroupLearner
-from dspfx.modules import GatedConv2d
-from dspfx.plans import GatePlan, GateSpec
 
 TARGETS = {"plain": 1.0, "fused": 1.10, "exact": 2.10}
 
 
-def gated(model: nn.Module, groups: int = 4) -> nn.Module:
-    """The model with a gate in every convolution after the first, and the plan that a learner reads."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][1:]
-    elements: dict[str, int] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: elements.__setitem__(name, args[0][0].numel())
-        )
-        for name in names
-    ]
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, 32, 32))
-    for hook in hooks:
-        hook.remove()
-    specs = []
-    for name in names:
-        conv = model.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, GatedConv2d.from_conv(conv, groups))
-        specs.append(GateSpec(name, groups, conv.out_channels, conv.in_channels, elements[name], 0))
-    model.meta = {"gate_plan": GatePlan(GateConfig(groups=groups), tuple(specs), ())}  # type: ignore[assignment]
-    return model.train()
-
-
 def make_step(mode: str, batch: Tensor, labels: Tensor) -> Callable[[], None]:
-    """One training step of a fresh ResNet20: plain SGD, or with a learner beside it."""
+    """One training step of a fresh ResNet20: plain SGD on the original, or the prepared one with a learner beside it."""
     torch.manual_seed(0)
-    model = gated(build("resnet20", 10)).to(batch.device)
+    model = build("resnet20", 10)
+    if mode != "plain":
+        model = dspfx.prepare(model, torch.zeros(2, 3, 32, 32))
+    model.to(batch.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     learner = None if mode == "plain" else GroupLearner(model, optimizer, 1000, mode=mode)  # type: ignore[arg-type]
 
@@ -119,7 +95,7 @@ def main() -> None:
     result = table(measure(options.rounds, options.batch, options.device))
     print(result)
     if options.write:
-        device = torch.cuda.get_device_name() if options.device != "cpu" else f"{_cpu_name()}, one thread"
+        device = torch.cuda.get_device_name() if options.device != "cpu" else f"{processor()}, one thread"
         options.write.write_text(
             "# The cost of a learner step\n\n"
             f"ResNet20 (CIFAR), 4 groups in each of 18 convolutions, batch {options.batch}, SGD with momentum, "
@@ -129,13 +105,6 @@ def main() -> None:
             f"    OMP_NUM_THREADS=1 python -m benchmarks.learner_step --rounds {options.rounds} "
             f"--device {options.device} --write {options.write}\n"
         )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
