@@ -29,7 +29,7 @@ TARGETS = {"plain": 1.0, "fused": 1.10, "exact": 2.10}
 
 
 def make_step(mode: str, batch: Tensor, labels: Tensor) -> Callable[[], None]:
-    """One training step of a fresh ResNet20: plain SGD on the original, or the prepared one with a learner beside it."""
+    """One training step of a fresh ResNet20: plain SGD on the original, or on the prepared one with a learner."""
     torch.manual_seed(0)
     model = build("resnet20", 10)
     if mode != "plain":
