@@ -1,6 +1,6 @@
 # From a bare machine with python3 (3.11 or newer) and make: `make test` and `make demo` install what they need first.
 #   make test                   install, then check: style, types, tests
-#   make demo                   install, then compress a ResNet20 on scikit-learn's digits, about four minutes
+#   make demo                   install, then compress a ResNet20 on scikit-learn's digits, about two minutes on two cores
 #   make format                 write the style that `make check` asks for
 #   make test VENV=/some/venv PYTHON=python3.12
 
