@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dspfx.config import Budget
 from dspfx.errors import BudgetError, ModelError
-from dspfx.graph.channels import ChannelGraph
+from dspfx.graph.channels import ChannelGraph, tensors_in
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import Liveness, Reads, liveness
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.traced import TracedModule, eval_graph
 from dspfx.method.clustering import cluster_filters
 from dspfx.method.importance import cumulative_share, group_energy
 from dspfx.modules import GatedConv2d
@@ -81,7 +81,10 @@ def plan_prune(gm: TracedModule, channels: ChannelGraph, budget: Budget, energy:
 
 
 class Search:
-    """All structures of a gated network in the order in which they go; `keep(k)` drops the first k."""
+    """All structures of a gated network in the order in which they go; `keep(k)` drops the first k.
+
+    A state is connected while every output that varies with the input still does.
+    """
 
     def __init__(self, gm: TracedModule, channels: ChannelGraph, energy: Energy) -> None:
         self.gm, self.channels = gm, channels
@@ -100,6 +103,9 @@ class Search:
         # A group's best channel scores 1 and stays.
         self.total = int((self.scores < 1).sum()) - self.already_gone
         self.dense = {s.module: Reads.dense(len(s.out), len(s.ins[0])) for s in channels.steps if s.kind == "conv"}
+        outputs = [channels.values[n] for n in next(reversed(eval_graph(gm).nodes)).all_input_nodes]
+        wires = torch.cat([torch.empty(0, dtype=torch.int64), *(t.unique() for t in tensors_in(outputs))])
+        self.outputs = wires[liveness(channels, self._rows(0)).values[wires].isnan()]
 
     def _rows(self, dropped: int) -> dict[str, Reads]:
         """What every convolution reads once the first `dropped` structures are gone, before liveness."""
@@ -131,13 +137,12 @@ class Search:
             if name in self.gated:
                 gated += pairs * cost.macs_per_pair
                 gated_dense += cost.macs
-        outputs = live.values[self.channels.pinned()]
         return _Kept(
             reads,
             flops / max(dense_flops, 1),
             params / max(dense_params, 1),
             gated / max(gated_dense, 1),
-            bool(outputs.isnan().all()),
+            bool(live.values[self.outputs].isnan().all()),
         )
 
     def plan(self, dropped: int) -> PrunePlan:

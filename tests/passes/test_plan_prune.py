@@ -143,3 +143,27 @@ def test_the_floor_that_is_named_can_be_reached(name: str) -> None:
 
 def test_pruning_decides_the_same_each_time() -> None:
     assert prune(prepared("unet"), Budget(flops=0.5)) == prune(prepared("unet"), Budget(flops=0.5))
+
+
+class PinnedStream(nn.Module):
+    """A residual stream that an unknown operation pins and padding widens: parts of it are zero from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.a = nn.Conv2d(8, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.b(torch.relu(self.a(x)))
+        return nn.functional.pad(x.cumsum(2), (0, 0, 0, 0, 2, 2))
+
+
+def test_channels_that_are_constant_from_the_start_do_not_count_as_cut_off() -> None:
+    gm = prepare(PinnedStream(), torch.zeros(2, 3, 8, 8), GateConfig(groups=2))
+    search = Search(gm, analyse(gm), resolve("l2"))
+    assert search.keep(0).is_connected
+    assert search.keep(search.total).is_connected
+    plan = prune(gm, Budget(flops=0.5))
+    assert 0.4 < plan.flops_left <= 0.5
