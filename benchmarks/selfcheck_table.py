@@ -13,19 +13,26 @@ from typing import Any
 import torch
 import torchvision
 from tabulate import tabulate
+from torch import nn
 
 from dspfx.config import GateConfig
 from dspfx.selfcheck import SelfcheckReport, selfcheck
+from tests.zoo import ZOO
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "densenet121", "googlenet", "shufflenet_v2_x1_0")
 GROUPS = 2
 
 
-def check(name: str, size: int) -> tuple[SelfcheckReport, float]:
-    """The report, and seconds."""
+def build(name: str) -> nn.Module:
+    """A torchvision network with random weights, the same ones every time."""
     options: dict[str, Any] = {"init_weights": False} if name == "googlenet" else {}
     torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None, **options)
+    return torchvision.models.get_model(name, weights=None, **options)
+
+
+def check(name: str, size: int) -> tuple[SelfcheckReport, float]:
+    """The report, and seconds."""
+    model = build(name)
     start = time.perf_counter()
     report = selfcheck(model, torch.zeros(2, 3, size, size), GateConfig(groups=GROUPS))
     return report, time.perf_counter() - start
@@ -40,6 +47,10 @@ def table(names: list[str], size: int) -> str:
         macs = (f"{report.flops_left:.1%}", f"{report.flops_run:.1%}")
         errors = [f"{e:.1e}" for e in (report.error, report.float_error, report.rounding, report.response)]
         rows.append((name, report.gated, *macs, *errors, f"{seconds:.0f}"))
+    zoo = [selfcheck(entry.build(), entry.inputs(), GateConfig(groups=GROUPS)) for entry in ZOO.values()]
+    worst = [f"{max(r.__dict__[key] for r in zoo):.1e}" for key in ("error", "float_error", "rounding")]
+    least = f"{min(r.response for r in zoo):.1e}"
+    rows.append((f"zoo, {len(zoo)} networks, worst", sum(r.gated for r in zoo), "", "", *worst, least, ""))
     headers = ["model", "gates", "MACs left", "MACs run", "error float64", "float32", "rounding", "response", "seconds"]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
