@@ -103,7 +103,7 @@ class Search:
         # A group's best channel scores 1 and stays.
         self.total = int((self.scores < 1).sum()) - self.already_gone
         self.dense = {s.module: Reads.dense(len(s.out), len(s.ins[0])) for s in channels.steps if s.kind == "conv"}
-        outputs = [channels.values[n] for n in next(reversed(eval_graph(gm).nodes)).all_input_nodes]
+        outputs = [channels.values[n] for n in eval_graph(gm).output_node().all_input_nodes]
         wires = torch.cat([torch.empty(0, dtype=torch.int64), *(t.unique() for t in tensors_in(outputs))])
         self.outputs = wires[liveness(channels, self._rows(0)).values[wires].isnan()]
 

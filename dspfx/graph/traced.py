@@ -84,6 +84,10 @@ def eval_only(gm: TracedModule) -> TracedModule:
     """The same network in eval mode over the parts that mode uses, in plain containers: no class of the user's."""
     gm.eval()
     lean = TracedModule(gm, gm.graph)
+    for node in gm.graph.nodes:  # torch 2.11's copy makes every buffer persistent
+        path, _, name = str(node.target).rpartition(".") if node.op == "get_attr" else ("", "", "")
+        if name in gm.get_submodule(path)._non_persistent_buffers_set:
+            lean.get_submodule(path)._non_persistent_buffers_set.add(name)
     lean.meta = {"inputs": gm.meta["inputs"]}
     traced_modules.add(lean)
     return lean

@@ -75,7 +75,8 @@ def decode_network(data: Any) -> tuple[nn.Module, fx.Graph]:
     nodes: dict[str, fx.Node] = {}
     for entry in expect(data.get("nodes"), list, "the list of nodes"):
         _decode_node(graph, nodes, layers, tensors, entry)
-    if [n.op for n in graph.nodes].count("output") != 1 or next(reversed(graph.nodes)).op != "output":
+    operations = [n.op for n in graph.nodes]
+    if operations.count("output") != 1 or operations[-1] != "output":
         raise StorageError("its graph does not end in its one output")
     return root.eval(), graph
 
