@@ -1,4 +1,4 @@
-"""dspfx: turns a trained convolutional network into a smaller one that is really faster."""
+"""dspfx: turns a trained convolutional network into a smaller one."""
 
 from dspfx.config import Budget, GateConfig, Inputs
 from dspfx.coverage import coverage
@@ -7,6 +7,7 @@ from dspfx.errors import DspfxError
 from dspfx.learner import GroupLearner
 from dspfx.pipeline import lower, prepare, prune
 from dspfx.profiler import profile
+from dspfx.selfcheck import selfcheck
 from dspfx.storage import load, save
 
 __version__ = "0.1.0"
@@ -24,4 +25,5 @@ __all__ = [
     "profile",
     "prune",
     "save",
+    "selfcheck",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from dspfx.graph.rules import is_plain
+from dspfx.graph.rules import has_hooks, is_plain
 from dspfx.graph.traced import TracedModule
 from dspfx.modules import replace_module
 
@@ -30,7 +30,8 @@ def fold_batchnorm(gm: TracedModule) -> TracedModule:
             continue
         norm: Any = gm.get_submodule(str(node.target))
         layer: Any = gm.get_submodule(str(source.target))
-        if calls[str(node.target)] > 1 or calls[str(source.target)] > 1 or norm.running_mean is None:
+        is_called_once = calls[str(node.target)] == 1 and calls[str(source.target)] == 1
+        if not is_called_once or norm.running_mean is None or has_hooks(norm):
             continue
         if is_plain(layer, _CONVS):
             fused: nn.Module = fuse_conv_bn_eval(layer, norm)

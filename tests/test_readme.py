@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import dspfx
+
 README = Path(__file__).parents[1] / "README.md"
+
+
+def test_every_name_it_mentions_is_public() -> None:
+    names = {name for name in re.findall(r"\bdspfx\.([A-Za-z]\w*)", README.read_text()) if name != "passes"}
+    assert {"prepare", "selfcheck", "benchmark"} <= names
+    assert names <= set(dspfx.__all__)
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

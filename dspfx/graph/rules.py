@@ -87,7 +87,7 @@ def _known(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _known_module(b: Builder, node: fx.Node, module: nn.Module, args: Any) -> Any:
-    if len(args) != 1 or not isinstance(args[0], Tensor):
+    if len(args) != 1 or not isinstance(args[0], Tensor) or has_hooks(module):
         return None
     wires = args[0]
     if is_plain(module, _CONVS):
@@ -119,8 +119,12 @@ def is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
         for name in ("forward", "_conv_forward")
         if hasattr(base, name)
     )
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return not (overrides or hooks)
+    return not (overrides or has_hooks(module))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True where calling the module may do more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _conv(b: Builder, node: fx.Node, module: Any, wires: Tensor, axis: int) -> Tensor | None:

@@ -185,3 +185,15 @@ def test_what_is_overwritten_and_read_again_is_held(late: bool) -> None:
     channels, steps = graph_of(Overwritten(late))
     assert channels.pinned()[steps["stem"].out].all() == late
     assert channels.tainted[steps["stem"].out].all() == late
+
+
+def test_a_module_with_a_hook_is_no_longer_what_its_class_says() -> None:
+    def shift(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out + 1
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    channels, steps = graph_of(model)
+    assert reasons(channels, steps["0"].out) == set()
+    model[1].register_forward_hook(shift)
+    channels, steps = graph_of(model)
+    assert reasons(channels, steps["0"].out) == {"no rule knows what BatchNorm2d (1) does to channels"}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dspfx.graph.trace import trace
 from dspfx.graph.traced import TracedModule, eval_only
 from dspfx.passes.fold_batchnorm import fold_batchnorm
+from dspfx.pipeline import lower
 from tests.compare import error, run
 from tests.zoo import ZOO
 
@@ -122,3 +123,13 @@ def test_linear_layers_are_folded_over_rows_only() -> None:
     assert folded(rows, torch.randn(3, 5, dtype=torch.float64))[:2] == (1, 0)
     sequences = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(6))  # [N, 6, 4]: it normalises another axis
     assert folded(sequences, torch.randn(3, 6, 5, dtype=torch.float64))[:2] == (1, 1)
+
+
+def test_a_norm_with_a_hook_keeps_doing_what_the_hook_does() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    model[1].register_forward_hook(lambda module, args, out: out + 1)
+    x = torch.randn(2, 3, 5, 5)
+    small = lower(model, x)
+    with torch.no_grad():
+        assert torch.allclose(small(x), model(x), atol=1e-6)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in small.modules()) == 1
