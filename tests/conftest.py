@@ -6,6 +6,14 @@ import importlib.util
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Random networks (tests/test_random_networks.py): few of them, the same ones at every run; many with
+# --hypothesis-profile=nightly, other ones every time.
+_SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)
+settings.register_profile("default_run", max_examples=50, derandomize=True, deadline=None, suppress_health_check=_SLOW)
+settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True, suppress_health_check=_SLOW)
+settings.load_profile("default_run")
 
 
 def pytest_configure() -> None:
