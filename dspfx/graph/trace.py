@@ -13,7 +13,16 @@ from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
 from dspfx.errors import DspfxError, TraceError
-from dspfx.graph.inputs import describe_inputs, guess_inputs, last_line, materialise, propagate
+from dspfx.graph.inputs import (
+    Attributes,
+    check_run,
+    describe_inputs,
+    last_line,
+    materialise,
+    propagate,
+    try_guess,
+    try_inputs,
+)
 from dspfx.graph.traced import TracedModule, TrainingFlag
 from dspfx.graph.tracer import ShapeTracer, attribute
 
@@ -31,30 +40,49 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
         if example_inputs is not None:
             propagate(root, describe_inputs(root, example_inputs))
         return root
-    inputs = describe_inputs(root, example_inputs) if example_inputs is not None else guess_inputs(root)
-    training = root.training
-    modes = {mode: _trace_mode(root, inputs, mode == "train") for mode in ("train", "eval")}
-    root.train(training)
-    for mod, state in zip(root.modules(), [m.training for m in model.modules()], strict=True):
-        mod.training = state
-    _own_constants(root, modes.values())
-    meta: dict[str, Any] = {"inputs": inputs, "user_class": type(model)}
-    merged = _merge(root, modes["train"], modes["eval"])
-    if merged is None:
-        meta["graphs"] = modes
-        merged = modes["train" if training else "eval"]
-    return TracedModule.over(root, merged, meta)
+    inputs, undecided = try_guess(root) if example_inputs is None else try_inputs(root, example_inputs)
+    gm = trace_shared(root, inputs)
+    if undecided is not None:
+        check_run(gm, inputs if example_inputs is None else example_inputs)
+    return gm
+
+
+def trace_shared(root: nn.Module, inputs: Inputs) -> TracedModule:
+    """A traced module over everything that `root` owns, which is shared and not copied; of the described inputs.
+
+    Raises TraceError, and leaves `root` as it was, where it cannot be traced.
+    """
+    if "forward" in root.__dict__:
+        raise TraceError(
+            f"{type(root).__name__} cannot be traced: its forward was replaced on the instance by "
+            f"{root.__dict__['forward']!r}. Define forward in a class."
+        )
+    training, before = root.training, Attributes(root)
+    meta: dict[str, Any] = {"inputs": inputs, "user_class": type(root)}
+    try:
+        evaluate = _trace_mode(root, inputs, training=False)  # first: its errors are not about missing targets
+        modes = {"train": _trace_mode(root, inputs, training=True), "eval": evaluate}
+        _own_constants(root, modes.values())
+        merged = _merge(root, modes["train"], modes["eval"])
+        if merged is None:
+            meta["graphs"] = modes
+            merged = modes["train" if training else "eval"]
+        return TracedModule.over(root, merged, meta)
+    except TraceError:
+        before.put_back(root)
+        raise
 
 
 def _trace_mode(root: nn.Module, inputs: Inputs, training: bool) -> fx.Graph:
-    root.train(training)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = materialise(root, inputs, mode)
-    bound = inspect.signature(root.forward).bind(*args, **kwargs)
-    tracer = ShapeTracer(dict(bound.arguments), mode)
     buffers = [(value, value.clone()) for value in root.buffers()]
+    modules = [(module, Attributes(module)) for module in root.modules()]
+    graph: fx.Graph | None = None
     try:
-        graph = tracer.trace(root)
+        root.train(training)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        args, kwargs = materialise(root, inputs, mode)
+        bound = inspect.signature(root.forward).bind(*args, **kwargs)
+        graph = ShapeTracer(dict(bound.arguments), mode).trace(root)
     except DspfxError as error:
         raise TraceError(f"{type(root).__name__} cannot be traced at {_user_line(error)}: {error} {_REMEDY}") from error
     except Exception as error:
@@ -62,6 +90,9 @@ def _trace_mode(root: nn.Module, inputs: Inputs, training: bool) -> fx.Graph:
             f"{type(root).__name__} cannot be traced at {_user_line(error)}: {last_line(error)}. {_REMEDY}"
         ) from error
     finally:
+        constants = {str(n.target) for n in graph.nodes if n.op == "get_attr"} if graph else set()
+        for module, attributes in modules:  # modes, and what forward assigned to: proxies, fake tensors
+            attributes.put_back(module, lambda key, value: key in constants and isinstance(value, Tensor))
         for buffer, value in buffers:  # a batch counter is a real tensor that fake arithmetic still advances
             buffer.copy_(value)
     graph.eliminate_dead_code(is_impure_node=_has_effect)
