@@ -155,10 +155,10 @@ def refusal(model: nn.Module, inputs: Inputs, error: BaseException) -> InputErro
 
 
 def _dry_run(model: nn.Module, inputs: Inputs) -> Any:
-    """The model's output on fake tensors, in eval mode: no arithmetic, and buffers, modes and RNG are left alone."""
+    """The model's output on fake tensors, in eval mode: no arithmetic, and the model is left as it was."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = materialise(model, inputs, mode)
-    with evaluating([model]), mode, torch.no_grad():
+    with as_found(model), evaluating([model]), mode, torch.no_grad():
         return model(*args, **kwargs)
 
 

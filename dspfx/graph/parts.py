@@ -16,7 +16,7 @@ from torch import fx, nn
 from dspfx.config import Inputs
 from dspfx.errors import InputError, TraceError
 from dspfx.graph.calls import Calls, record
-from dspfx.graph.inputs import describe, real_candidates, realise, refusal
+from dspfx.graph.inputs import describe, real_candidates, realise, refusal, try_inputs
 from dspfx.graph.trace import trace, trace_shared
 from dspfx.graph.traced import TracedModule, network_meta, parts_of, set_network_meta
 from dspfx.graph.verify import NotAccepted, Pair, find_direct_fault, find_fault, replace_everywhere, variants
@@ -58,7 +58,7 @@ def trace_parts(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 def put_parts(model: nn.Module, parts: Mapping[str, Inputs]) -> nn.Module:
     """A copy of `model` whose named submodules are traced again with the described inputs; nothing is run.
 
-    Raises TraceError where a submodule is missing or cannot be traced.
+    Raises TraceError where a submodule is missing or cannot be traced, InputError where it refuses its inputs.
     """
     root = copy.deepcopy(model)
     for name, inputs in parts.items():
@@ -66,8 +66,8 @@ def put_parts(model: nn.Module, parts: Mapping[str, Inputs]) -> nn.Module:
             child = root.get_submodule(name)
         except AttributeError as error:
             raise TraceError(f"{type(model).__name__} has no submodule {name!r} to trace: {error}.") from error
-        part = trace_shared(child, inputs)
-        replace_everywhere(root, child, part)
+        described, _ = try_inputs(child, inputs)
+        replace_everywhere(root, child, trace_shared(child, described))
     set_network_meta(root, {"user_class": type(model)})
     return root
 
@@ -113,11 +113,8 @@ class _Placing:
         """Replaces, top-down, every submodule of `module` that can be a part; notes why the others cannot."""
         for child_name, child in list(module.named_children()):
             name = f"{prefix}.{child_name}" if prefix else child_name
-            if isinstance(child, TracedModule) or not any(isinstance(m, _LAYERS) for m in child.modules()):
-                continue
-            if isinstance(child, _LAYERS):
-                self.untraced.setdefault(name, "it stands alone between what cannot be traced")
-                continue
+            if isinstance(child, (TracedModule, *_LAYERS)) or not any(isinstance(m, _LAYERS) for m in child.modules()):
+                continue  # a layer that stands alone has nothing inside that could be pruned
             try:
                 part = _part(self.root, child, self.calls)
             except TraceError as error:
@@ -131,7 +128,7 @@ class _Placing:
         """Gives a part's place back to the module that it replaced, and tries the submodules of that."""
         pair = self.pairs.pop(name)
         replace_everywhere(self.root, pair.part, pair.module)
-        self.untraced[name] = f"{type(pair.module).__name__} does not work as a graph: {reason}."
+        self.untraced[name] = f"{type(pair.module).__name__} does not work as a graph: {reason.rstrip('.')}."
         self.place(pair.module, name)
 
     def check(self, args: Any, kwargs: Any, training: bool) -> bool:

@@ -54,8 +54,8 @@ def trace_shared(root: nn.Module, inputs: Inputs) -> TracedModule:
     """
     if "forward" in root.__dict__:
         raise TraceError(
-            f"{type(root).__name__} cannot be traced: its forward was replaced on the instance by "
-            f"{root.__dict__['forward']!r}. Define forward in a class."
+            f"{type(root).__name__} cannot be traced: its forward was replaced on the instance, by a "
+            f"{type(root.__dict__['forward']).__name__}. Define forward in a class."
         )
     training, before = root.training, Attributes(root)
     meta: dict[str, Any] = {"inputs": inputs, "user_class": type(root)}

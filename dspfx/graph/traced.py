@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx, nn
 
@@ -39,6 +39,11 @@ class TracedModule(fx.GraphModule):
     """
 
     _user_class: ClassVar[type[nn.Module] | None] = None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Whatever the user's class and instance have; nn.Module's own type would be Tensor | Module."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Nothing happens: a class that keeps a register of its subclasses shall not hear of ours."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import abc
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dspfx.config import Inputs
-from dspfx.errors import InputError
-from dspfx.graph.trace import trace
-from dspfx.graph.traced import all_graphs, eval_graph, eval_only
-from tests.compare import run, same
+from dspfx.errors import InputError, TraceError
+from dspfx.graph.trace import trace, trace_shared
+from dspfx.graph.traced import all_graphs, eval_graph, eval_only, parts_of, traced_modules
+from tests.compare import fingerprint, leaves, run, same, unchanged
 from tests.zoo import ZOO
 
 
@@ -173,3 +174,185 @@ def test_defaults_are_those_of_the_model_and_another_value_is_refused() -> None:
     assert same(run(masked, (x, mask)), run(model, (x, mask)))
     both = trace(model, Inputs(x, features=True, power=3))
     assert same(both(x, features=True, power=3), model(x, features=True, power=3))
+
+
+class Register(nn.Sequential, abc.ABC):
+    """A class with all that a class can have: a register of subclasses, a metaclass, train, __call__, __setattr__."""
+
+    known: ClassVar[list[type]] = []
+    looks = 0
+
+    def __init_subclass__(cls) -> None:
+        Register.known.append(cls)
+
+    def train(self, mode: bool = True, keep_norms: bool = True) -> Register:
+        super().train(mode)
+        for module in self.modules():
+            if keep_norms and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().__call__(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "answer":
+            return 42
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+
+    def parameters(self, recurse: bool = True) -> Any:
+        self.__dict__["looks"] = self.looks + 1
+        return super().parameters(recurse)
+
+
+def register() -> tuple[Register, Any, Tensor]:
+    model = Register(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
+    return model, trace(model, torch.zeros(2, 3, 4, 4)), torch.randn(2, 3, 4, 4)
+
+
+def test_a_traced_network_is_one_of_the_users_class() -> None:
+    model, gm, x = register()
+    assert isinstance(gm, Register)
+    assert isinstance(gm, fx.GraphModule)
+    assert Register.known == []
+    assert (len(gm), gm[0], gm.answer) == (4, next(iter(gm)), 42)
+    assert type(gm[:2]) is Register
+    gm.train()
+    assert [m.training for m in gm] == [True, False, True, True]
+    gm.train(True, keep_norms=False)
+    assert gm[1].training
+    model.eval()
+    gm.eval()
+    assert torch.equal(gm(x), model(x))
+    list(gm.parameters())
+    assert gm.looks > 0
+
+
+def test_copies_are_of_the_users_class_too() -> None:
+    _, gm, x = register()
+    gm.eval()
+    shallow, deep = copy.copy(gm), copy.deepcopy(gm)
+    shallow[0] = nn.Conv2d(3, 4, 1)
+    for twin in (shallow, deep):
+        assert isinstance(twin, Register)
+        assert type(twin) is not type(gm)
+    assert torch.equal(deep(x), gm(x))
+    assert not torch.equal(shallow(x), gm(x))
+    assert shallow[1] is gm[1]
+    assert deep[1] is not gm[1]
+
+
+def test_a_shallow_copy_follows_its_own_mode() -> None:
+    entry = ZOO["auxiliary_tuple"]
+    gm = trace(entry.build(), entry.inputs())
+    twin = copy.copy(gm)
+    twin.eval()
+    assert twin.graph is gm.meta["graphs"]["eval"]
+    assert gm.graph is gm.meta["graphs"]["train"]
+    gm.train()
+    assert len(leaves(gm(*entry.inputs()))) > len(leaves(twin(*entry.inputs())))
+
+
+def test_replicas_of_data_parallel_run() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    gm, x = trace(model, torch.zeros(2, 3, 4, 4)), torch.randn(2, 3, 4, 4)
+    replica = gm._replicate_for_data_parallel()
+    assert replica not in traced_modules
+    assert replica._parameters == {}
+    assert torch.equal(replica(x), gm(x))
+
+
+def test_torch_compiles_and_exports_what_was_traced() -> None:
+    _, gm, x = register()
+    gm.eval()
+    compiled = torch.compile(gm, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), gm(x))
+    plain = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), x).eval()
+    exported = torch.export.export(plain, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    y = torch.randn(5, 3, 4, 4)
+    assert torch.equal(exported.module()(y), plain(y))
+
+
+def test_a_graph_module_of_the_users_is_traced_again() -> None:
+    model, x = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())), torch.randn(2, 3, 4, 4)
+    gm = trace(model, x)
+    assert torch.equal(gm(x), model(x))
+    assert torch.equal(copy.deepcopy(gm)(x), model(x))
+
+
+class Sealed(type(nn.Module)):  # type: ignore[misc]
+    """A metaclass that refuses subclasses."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        if any(isinstance(base, Sealed) for base in bases):
+            raise TypeError("final")
+        return super().__new__(mcs, name, bases, namespace)
+
+
+class Final(nn.Sequential, metaclass=Sealed):
+    """Has no subclass."""
+
+
+def test_a_class_that_refuses_subclasses_is_named() -> None:
+    message = (
+        r"^Final cannot be traced: no class below it can be made \(TypeError: final\)\. Wrap the model in a plain "
+        r"nn\.Module that calls it\.$"
+    )
+    with pytest.raises(TraceError, match=message):
+        trace(Final(nn.Conv2d(3, 4, 1)), torch.zeros(2, 3, 4, 4))
+
+
+class Remembers(nn.Module):
+    """Its forward leaves things behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.calls = 0
+
+    def forward(self, x: Tensor, look: bool = False) -> Tensor:
+        self.calls += 1
+        self.last = self.conv(x) + torch.ones(4, 1, 1)
+        return -self.last if look and self.last.sum() > 0 else self.last
+
+
+def test_nothing_of_the_tracing_stays_behind() -> None:
+    model = Remembers()
+    before = fingerprint(model)
+    gm = trace(model, torch.zeros(2, 3, 4, 4))
+    assert gm.calls == 0
+    assert "last" not in gm.__dict__
+    assert unchanged(before, fingerprint(model))
+    with pytest.raises(TraceError):
+        trace_shared(model, Inputs(torch.empty(2, 3, 4, 4, device="meta"), True))
+    assert unchanged(before, fingerprint(model))
+
+
+def test_parts_are_the_outermost_traced_modules() -> None:
+    gm = trace(ZOO["plain"].build(), ZOO["plain"].inputs())
+    assert parts_of(gm) == {"": gm}
+    around = nn.ModuleDict({"a": nn.Sequential(gm), "b": nn.ReLU(), "c": gm})
+    assert parts_of(around) == {"a.0": gm}
+    assert parts_of(nn.Sequential(nn.ReLU())) == {}
+
+
+class Picks(nn.Module):
+    """A graph whose shapes depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).flatten()
+        return y[y > 0]
+
+
+def test_inputs_are_tried_for_real_where_fake_ones_cannot_tell() -> None:
+    model, x = Picks(), torch.randn(2, 3, 4, 4)
+    assert torch.equal(trace(model, x)(x), model(x))
+    with pytest.raises(InputError, match=r"^Picks does not run on example inputs of shape \[\(2, 5, 4, 4\)\]: "):
+        trace(model, torch.randn(2, 5, 4, 4))
