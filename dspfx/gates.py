@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import MismatchError, ModelError
+from dspfx.graph.traced import network_meta
 from dspfx.method import grouping
 from dspfx.method.clustering import cluster_filters
 from dspfx.modules import GatedConv2d
@@ -102,12 +103,12 @@ def find_gates(gm: nn.Module) -> tuple[GatePlan, list[Gate]]:
 
     Raises:
         ModelError: `gm` was not prepared, or nothing in it is gated.
-        MismatchError: a gated convolution is missing in the plan in `gm.meta`.
+        MismatchError: a gated convolution is missing in the network's gate plan.
     """
-    plan = getattr(gm, "meta", {}).get("gate_plan")
+    plan = network_meta(gm).get("gate_plan")
     convs = {name: module for name, module in gm.named_modules() if isinstance(module, GatedConv2d)}
     if not isinstance(plan, GatePlan) or not convs:
-        missing = "gated convolution" if isinstance(plan, GatePlan) else "meta['gate_plan']"
+        missing = "gated convolution" if isinstance(plan, GatePlan) else "gate plan"
         raise ModelError(
             f"GroupLearner found no {missing} in this {type(gm).__name__}; call dspfx.prepare first and pass the "
             "network that it returns (print(dspfx.coverage(gm)) says what was gated)."
@@ -118,7 +119,7 @@ def find_gates(gm: nn.Module) -> tuple[GatePlan, list[Gate]]:
     for name, conv in convs.items():
         if name not in specs:
             raise MismatchError(
-                f"The gated convolution {name!r} is not in gm.meta['gate_plan'], which lists {len(specs)} layers; "
+                f"The gated convolution {name!r} is not in the network's gate plan, which lists {len(specs)} layers; "
                 "prepare the network anew."
             )
         relative = specs[name].input_elements / reference

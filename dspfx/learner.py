@@ -54,7 +54,7 @@ class GroupLearner:
     Raises:
         ConfigError: an argument out of its range, or an optimizer that maximizes.
         ModelError: `gm` has no gates.
-        MismatchError: the optimizer does not own a gated weight, or the gates differ from the plan in `gm.meta`.
+        MismatchError: the optimizer does not own a gated weight, or the gates differ from the network's gate plan.
     """
 
     def __init__(

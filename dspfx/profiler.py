@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
-from dspfx.graph.inputs import describe_inputs, guess_inputs, materialise
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.inputs import describe_inputs, guess_inputs, materialise, tensors_of
+from dspfx.graph.samples import with_samples
+from dspfx.graph.traced import network_meta
 from dspfx.plans import Plan
 
 
@@ -84,15 +85,15 @@ def profile(model: nn.Module, example_inputs: Any = None) -> Profile:
     Args:
         model: any module; it runs in eval mode, on a copy.
         example_inputs: a tensor, list or dict is the one positional argument, a tuple the positional arguments,
-            `dspfx.Inputs` also keywords. The first dimension is taken for the batch and reduced to 1. May be omitted
-            where the network remembers its inputs or an image of the first layer's width does.
+            `dspfx.Inputs` also keywords. The first dimension is taken for the batch and reduced to 1, a list of images
+            to one. May be omitted where the network remembers its inputs or an image of the first layer's width does.
 
     Raises:
         InputError: no example inputs could be guessed, or the model does not run on those given.
     """
     if example_inputs is None:
-        example_inputs = model.meta["inputs"] if isinstance(model, TracedModule) else guess_inputs(model)
-    inputs = describe_inputs(model, _one_sample(Inputs.of(example_inputs)))
+        example_inputs = network_meta(model).get("inputs") or guess_inputs(model)
+    inputs = describe_inputs(model, with_samples(Inputs.of(example_inputs), 1))
     network = copy.deepcopy(model).eval()  # fvcore puts hooks on what it counts, and leaves them there if it fails
     flops, uncounted = _count(network, inputs)
     seen: set[int] = set()
@@ -106,7 +107,7 @@ def profile(model: nn.Module, example_inputs: Any = None) -> Profile:
             shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
             layers.append(LayerProfile(name, type(module).__name__, shape, flops[name], params))
     return Profile(
-        inputs=tuple(tuple(x.shape) for x in _tensors(inputs)),
+        inputs=tuple(tuple(x.shape) for x in tensors_of(inputs)),
         layers=tuple(layers),
         flops=sum(flops.values()),
         params=sum(layer.params for layer in layers),
@@ -155,17 +156,3 @@ def _count(network: nn.Module, inputs: Inputs) -> tuple[dict[str, int], tuple[st
             own[name.rpartition(".")[0]] -= count
     flops = {name: own.get(f"model.{name}" if name else "model", 0) for name, _ in network.named_modules()}
     return flops, tuple(sorted(analysis.unsupported_ops()))
-
-
-def _tensors(inputs: Inputs) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]
-
-
-def _one_sample(inputs: Inputs) -> Inputs:
-    """The inputs at batch 1: tensors whose first dimension is that of the first tensor."""
-    batch = next((x.shape[0] for x in _tensors(inputs) if x.dim()), 1)
-
-    def first(x: Any) -> Any:
-        return x[:1] if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch else x
-
-    return Inputs(*pytree.tree_map(first, inputs.args), **pytree.tree_map(first, inputs.kwargs))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dspfx.config import GateConfig
 from dspfx.errors import ConfigError, DspfxError, MismatchError, ModelError, StorageError
+from dspfx.graph.traced import network_meta, set_network_meta
 from dspfx.learner import GroupLearner
 from dspfx.method.clustering import cluster_filters
 from dspfx.modules import GatedConv2d
@@ -31,7 +32,6 @@ class Net(nn.Module):
     a: GatedConv2d
     b: GatedConv2d
     c: GatedConv2d
-    meta: dict[str, GatePlan]
 
     def __init__(self, config: GateConfig | None = None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Net(nn.Module):
         for name, conv in convs.items():
             setattr(self, name, GatedConv2d.from_conv(conv, config.groups))
             specs.append(GateSpec(name, config.groups, conv.out_channels, 8, ELEMENTS[name], 0))
-        self.meta = {"gate_plan": GatePlan(config, tuple(specs), ())}
+        set_network_meta(self, {"gate_plan": GatePlan(config, tuple(specs), ())})
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
@@ -810,18 +810,19 @@ def test_a_network_without_gates_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
         GroupLearner(plain, sgd(plain), 5)
     assert str(caught.value) == (
-        "GroupLearner found no meta['gate_plan'] in this Sequential; call dspfx.prepare first and pass the network "
+        "GroupLearner found no gate plan in this Sequential; call dspfx.prepare first and pass the network "
         "that it returns (print(dspfx.coverage(gm)) says what was gated)."
     )
 
 
 def test_gates_that_the_plan_does_not_list_are_refused() -> None:
     net = build()
-    net.meta = {"gate_plan": GatePlan(GateConfig(), net.meta["gate_plan"].layers[:2], ())}
+    plan = network_meta(net)["gate_plan"]
+    set_network_meta(net, {"gate_plan": GatePlan(GateConfig(), plan.layers[:2], ())})
     with pytest.raises(MismatchError) as caught:
         GroupLearner(net, sgd(net), 5)
     assert str(caught.value) == (
-        "The gated convolution 'c' is not in gm.meta['gate_plan'], which lists 2 layers; prepare the network anew."
+        "The gated convolution 'c' is not in the network's gate plan, which lists 2 layers; prepare the network anew."
     )
 
 

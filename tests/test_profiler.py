@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 import dspfx
 from dspfx.errors import InputError
+from dspfx.graph.parts import trace_parts
 from dspfx.profiler import LayerProfile, Profile, profile
+from tests.nets.untraceable import Detector
 from tests.zoo import ZOO
 
 
@@ -142,3 +144,12 @@ def test_it_prints_and_travels_as_json() -> None:
 def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match=re.escape("Tiny does not run on example inputs of shape [(1, 5, 8, 8)]: ")):
         profile(Tiny(), torch.zeros(2, 5, 8, 8))
+
+
+def test_a_detector_counts_one_image_of_a_list() -> None:
+    model, images = Detector(threshold=1e9), [torch.zeros(3, 16, 16), torch.zeros(3, 12, 20)]
+    found = profile(model, images)
+    assert found.inputs == ((3, 16, 16),)
+    stem = next(layer for layer in found.layers if layer.name == "backbone.stem.0.0")
+    assert stem.flops == 8 * 3 * 9 * 16 * 16
+    assert profile(trace_parts(model, images)).layers == found.layers

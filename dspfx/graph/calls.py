@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
-from dspfx.graph.inputs import as_found, describe, tensors_of
+from dspfx.graph.inputs import as_found, describe, realise, tensors_of
 from dspfx.graph.modes import evaluating
+from dspfx.graph.samples import samples
 
 _PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -65,11 +66,12 @@ class Calls:
         sizes = [_size(call) for call in self.inputs[module]]
         largest, _ = self.example(module)
         calls = sum(sizes) / max(sizes) if max(sizes) else 1.0
-        return calls * _samples(largest) / _samples(self.inputs[root][0]) if largest is not None else calls
+        return calls * samples(largest) / samples(self.inputs[root][0]) if largest is not None else calls
 
 
-def record(model: nn.Module, args: Any, kwargs: Any) -> Calls:
+def record(model: nn.Module, inputs: Inputs) -> Calls:
     """The Calls of one run in eval mode; the model is left as it was. Raises what the model raises."""
+    args, kwargs = realise(model, inputs)
     calls = Calls()
     tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}
     with ExitStack() as stack:
@@ -140,11 +142,3 @@ def _size(inputs: Inputs) -> int:
 def _filled(value: Tensor) -> Tensor:
     """No detections, no boxes: a batch of none would leave nothing to see."""
     return value.new_empty(2, *value.shape[1:]) if value.dim() and not value.shape[0] else value
-
-
-def _samples(inputs: Inputs) -> int:
-    """The batch: images of a list of them, else the first axis of the first tensor."""
-    first = next(iter([*inputs.args, *inputs.kwargs.values()]), None)
-    if isinstance(first, list) and first and all(isinstance(x, Tensor) and x.dim() == 3 for x in first):
-        return len(first)
-    return next((x.shape[0] for x in tensors_of(inputs) if x.dim()), 1) or 1

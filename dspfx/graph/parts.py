@@ -45,13 +45,14 @@ def trace_parts(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     except TraceError as error:
         whole = error
     root = copy.deepcopy(model)
-    inputs, args, kwargs, calls = _run(root, example_inputs)
+    inputs, calls = _run(root, example_inputs)
     placing = _Placing(root, calls, {"": str(whole)})
     placing.place(root, "")
-    placing.check_all(args, kwargs)
+    placing.check_all(inputs)
     if not placing.pairs:
         raise whole
-    set_network_meta(root, {"inputs": inputs, "user_class": type(model), "untraced": placing.untraced})
+    described = describe(inputs.args, inputs.kwargs)
+    set_network_meta(root, {"inputs": described, "user_class": type(model), "untraced": placing.untraced})
     return root
 
 
@@ -80,15 +81,14 @@ def why_untraced(model: nn.Module, name: str) -> str:
     return reasons.get(name, "")
 
 
-def _run(root: nn.Module, example_inputs: Any) -> tuple[Inputs, Any, Any, Calls]:
-    """The inputs, described and real, and the Calls of a run on them; guesses where none were given."""
+def _run(root: nn.Module, example_inputs: Any) -> tuple[Inputs, Calls]:
+    """Real inputs and the Calls of a run on them; guesses where none were given."""
     given = [Inputs.of(example_inputs)] if example_inputs is not None else real_candidates(root)
     errors: list[InputError] = []
     for candidate in given:
         args, kwargs = realise(root, candidate)
-        described = describe(args, kwargs)
         try:
-            return described, args, kwargs, record(root, *realise(root, Inputs(*args, **kwargs)))
+            return Inputs(*args, **kwargs), record(root, Inputs(*args, **kwargs))
         except Exception as error:
             errors.append(refusal(root, candidate, error))
     if example_inputs is not None:
@@ -131,11 +131,11 @@ class _Placing:
         self.untraced[name] = f"{type(pair.module).__name__} does not work as a graph: {reason.rstrip('.')}."
         self.place(pair.module, name)
 
-    def check(self, args: Any, kwargs: Any, training: bool) -> bool:
+    def check(self, inputs: Inputs, training: bool) -> bool:
         """Puts back what does not hold on these inputs; False where the model itself does not accept them."""
         while self.pairs:
             try:
-                fault = find_fault(self.root, list(self.pairs.values()), args, kwargs, training)
+                fault = find_fault(self.root, list(self.pairs.values()), inputs, training)
             except NotAccepted:
                 return False
             if fault is None:
@@ -143,11 +143,11 @@ class _Placing:
             self.put_back(*fault)
         return True
 
-    def check_all(self, args: Any, kwargs: Any) -> None:
+    def check_all(self, inputs: Inputs) -> None:
         """In eval mode on other sizes where the model takes them; in train mode where it needs no targets."""
-        if not any(self.check(*other, training=False) for other in variants(args, kwargs)):
-            self.check(args, kwargs, training=False)
-        self.check(args, kwargs, training=True)
+        if not any(self.check(other, training=False) for other in variants(inputs)):
+            self.check(inputs, training=False)
+        self.check(inputs, training=True)
         for pair in list(self.pairs.values()):
             fault = None if pair.is_compared else find_direct_fault(pair, pair.part.meta["inputs"])
             if fault is not None:

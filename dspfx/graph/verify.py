@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
-from dspfx.graph.inputs import as_found, last_line, materialise, tensors_of
+from dspfx.graph.inputs import as_found, last_line, realise, tensors_of
 from dspfx.graph.modes import evaluating
+from dspfx.graph.samples import samples, with_larger_images, with_samples
 from dspfx.graph.traced import TracedModule
 
 Fault = tuple[str, str]  # the part's name, and what is wrong with it
@@ -33,33 +34,32 @@ class Pair:
     is_compared: bool = False  # on a call with anything in it
 
 
-def find_fault(root: nn.Module, pairs: list[Pair], args: Any, kwargs: Any, training: bool) -> Fault | None:
+def find_fault(root: nn.Module, pairs: list[Pair], inputs: Inputs, training: bool) -> Fault | None:
     """The first part that fails in a run of `root`, which is left as it was; None where all agree.
 
     Raises NotAccepted where the model with its own modules does not run on these inputs either.
     """
     watch = _Watch(pairs)
-    error = _run(root, args, kwargs, training, watch)
+    error = _run(root, inputs, training, watch)
     if watch.fault is not None or error is None:
         return watch.fault
     with _swapped(root, pairs):
-        failing = _run(root, args, kwargs, training)
+        failing = _run(root, inputs, training)
     if failing is not None:
         raise NotAccepted from failing
     if watch.active:
         return watch.active[-1].name, last_line(error)
     for pair in pairs:  # the user's own code failed: at which part?
         with _swapped(root, [pair]):
-            if _run(root, args, kwargs, training) is None:
+            if _run(root, inputs, training) is None:
                 return pair.name, last_line(error)
     return pairs[0].name, last_line(error)
 
 
 def find_direct_fault(pair: Pair, inputs: Inputs) -> Fault | None:
     """As `find_fault`, of one part on random values of the described inputs in eval mode."""
-    args, kwargs = materialise(pair.part, inputs)
     watch = _Watch([pair])
-    error = _run(pair.part, args, kwargs, False, watch)
+    error = _run(pair.part, inputs, False, watch)
     return watch.fault or (None if error is None else (pair.name, last_line(error)))
 
 
@@ -71,9 +71,9 @@ def replace_everywhere(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 module._modules[name] = new
 
 
-def _run(root: nn.Module, args: Any, kwargs: Any, training: bool, watch: _Watch | None = None) -> Exception | None:
-    """What the run raised. The inputs are copied: a model may write to them."""
-    args, kwargs = _copies((args, kwargs))
+def _run(root: nn.Module, inputs: Inputs, training: bool, watch: _Watch | None = None) -> Exception | None:
+    """What the run raised."""
+    args, kwargs = realise(root, inputs)
     with ExitStack() as stack:
         stack.enter_context(as_found(root))
         stack.enter_context(evaluating([root]))  # which puts every mode back
@@ -186,34 +186,7 @@ def _copies(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), value)
 
 
-def variants(args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
+def variants(inputs: Inputs) -> list[Inputs]:
     """Other inputs of the same kind: another batch and larger images, larger images, another batch."""
-    return [
-        _resize((args, kwargs), batch=True, larger=True),
-        _resize((args, kwargs), batch=False, larger=True),
-        _resize((args, kwargs), batch=True, larger=False),
-    ]
-
-
-def _resize(value: Any, batch: bool, larger: bool) -> Any:
-    """Images of 3 or 4 axes, tiled, with 32 rows and 64 columns more; a batch or list of several becomes one of one."""
-    count = next((x.shape[0] for x in pytree.tree_leaves(value) if isinstance(x, Tensor) and x.dim() != 3), 0)
-
-    def one(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if larger and x.dim() in (3, 4) and x.is_floating_point():
-            for axis, more in ((-2, 32), (-1, 64)):
-                size = x.shape[axis]
-                x = x.index_select(axis % x.dim(), torch.arange(size + more, device=x.device) % size)
-        if batch and x.dim() and x.dim() != 3 and x.shape[0] == count:
-            x = x[:1] if count > 1 else torch.cat([x, x])
-        return x
-
-    def lists(x: Any) -> Any:
-        if isinstance(x, list) and x and all(isinstance(y, Tensor) and y.dim() == 3 for y in x) and batch:
-            x = x[:1] if len(x) > 1 else x * 2
-        return [lists(y) for y in x] if isinstance(x, list) else pytree.tree_map(one, x)
-
-    args, kwargs = value
-    return tuple(lists(x) for x in args), {key: lists(x) for key, x in kwargs.items()}
+    other = with_samples(inputs, 1 if samples(inputs) > 1 else 2)
+    return [with_larger_images(other), with_larger_images(inputs), other]
