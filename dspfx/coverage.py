@@ -6,13 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from dspfx.errors import ModelError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.channels import ChannelGraph
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.inputs import tensors_of
+from dspfx.graph.traced import network_meta
 from dspfx.plans import GatePlan, Plan
 
 
@@ -60,18 +60,17 @@ class Coverage(Plan):
 
 def coverage(gm: nn.Module) -> Coverage:
     """The Coverage of a prepared network, which is left as it was; raises ModelError for any other."""
-    plan = gm.meta.get("gate_plan") if isinstance(gm, TracedModule) else None
-    if not isinstance(gm, TracedModule) or plan is None:
+    plan = network_meta(gm).get("gate_plan")
+    if plan is None:
         raise ModelError(f"{type(gm).__name__} is not a prepared network; call gm = dspfx.prepare(model) first.")
     channels = analyse(gm)
     pairs = _prunable_pairs(channels)
     gated = sum(spec.macs for spec in plan.layers)
     freed = sum(layer.macs * pairs.get(layer.name, 0.0) for layer in plan.skipped)
     total = max(gated + sum(layer.macs for layer in plan.skipped), 1)
-    inputs = gm.meta["inputs"]
-    leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+    inputs = network_meta(gm)["inputs"]
     return Coverage(
-        inputs=tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor)),
+        inputs=tuple(tuple(x.shape) for x in tensors_of(inputs)),
         plan=plan,
         gated=gated / total,
         prunable=(gated + freed) / total,

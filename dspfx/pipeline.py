@@ -9,9 +9,9 @@ from torch import nn
 from dspfx.config import DEFAULT_GATES, Budget, GateConfig
 from dspfx.errors import ModelError
 from dspfx.graph.analyse import analyse
-from dspfx.graph.inputs import describe_inputs, propagate
-from dspfx.graph.trace import trace
-from dspfx.graph.traced import TracedModule, eval_only
+from dspfx.graph.inputs import propagate
+from dspfx.graph.parts import describe_parts, trace_parts
+from dspfx.graph.traced import Network, network_meta, parts_of, settle_eval
 from dspfx.method.importance import Importance, resolve
 from dspfx.modules import GatedConv2d
 from dspfx.passes.apply_masks import apply_masks
@@ -26,27 +26,31 @@ from dspfx.passes.shrink_channels import shrink_channels
 from dspfx.plans import PrunePlan
 
 
-def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = DEFAULT_GATES) -> TracedModule:
+def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = DEFAULT_GATES) -> Network:
     """A traced copy of `model` with a gate in every convolution that can have one; `model` is left as it was.
 
     Outputs and gradients are identical, every batch and spatial size that the model accepts is accepted, `train()`
-    and `eval()` are followed, and the model's own state_dict loads with `strict=True`.
+    and `eval()` are followed, and the model's own state_dict loads with `strict=True`. The copy is a GraphModule and
+    of the model's class where the model traces as one graph. Where it does not (a detector), it is of the model's
+    class, with its own forward, and the largest submodules that trace are GraphModules, each of its own class, too.
 
     Args:
-        model: any module whose forward traces as one graph.
+        model: any module.
         example_inputs: a tensor, list or dict is the one positional argument, a tuple the positional arguments,
-            `dspfx.Inputs` also keywords. May be omitted where an image of the first layer's width does.
+            `dspfx.Inputs` also keywords. May be omitted where an image of the first layer's width, or a list of two,
+            does.
         config: groups, temperature, and layers to skip.
 
     Raises:
         InputError: no example inputs could be guessed, or the model does not run on those given.
-        TraceError: the model's control flow depends on tensor values.
+        TraceError: the model's control flow depends on tensor values, and no submodule of more than a layer can be
+            traced by itself.
         ModelError: there is no convolution and no linear layer.
         ConfigError: `config` does not fit the model.
     """
     if any(isinstance(m, GatedConv2d) for m in model.modules()):
         raise ModelError("this model is prepared already; prune it, or prepare the original model.")
-    gm = trace(model, example_inputs)
+    gm = trace_parts(model, example_inputs)
     plan = plan_gates(gm, analyse(gm), config)
     return insert_gates(gm, plan)
 
@@ -67,23 +71,26 @@ def prune(gm: nn.Module, budget: Budget, importance: str | Importance = "l2", ex
         ModelError: `gm` is not prepared, or holds weights that are not finite.
         BudgetError: the budget is below the floor this network can reach; names the floor. Nothing was changed.
     """
-    if not isinstance(gm, TracedModule) or not any(isinstance(m, GatedConv2d) for m in gm.modules()):
+    if "gate_plan" not in network_meta(gm) or not any(isinstance(m, GatedConv2d) for m in gm.modules()):
         raise ModelError(f"{type(gm).__name__} has no gated convolution; call gm = dspfx.prepare(model) first.")
     energy = resolve(importance)
     if example_inputs is not None:
-        propagate(gm, describe_inputs(gm, example_inputs))
+        describe_parts(gm, example_inputs)
     channels = analyse(gm)
     plan = plan_prune(gm, channels, budget, energy)
     apply_masks(gm, plan, channels)
     return plan
 
 
-def lower(model: nn.Module, example_inputs: Any = None, *, fold: bool = True, width_multiple: int = 1) -> TracedModule:
+def lower(model: nn.Module, example_inputs: Any = None, *, fold: bool = True, width_multiple: int = 1) -> Network:
     """A smaller network of plain torch parts, in eval mode, equal to `model.eval()`; `model` is left as it was.
+
+    A model that does not trace whole keeps its class and its forward: only its traced parts are rewritten.
 
     Works on a pruned network, and on any model with zeros in its weights. Channels that nobody needs are removed,
     through residual streams where every producer and reader agrees; batch norms are folded; wide convolutions on
-    small maps are split into branches, all others stay one dense convolution. The plan is in `meta["lower_plan"]`.
+    small maps are split into branches, all others stay one dense convolution. The plan of a network traced whole is
+    in `meta["lower_plan"]`.
 
     Args:
         model: a pruned network or any other model.
@@ -95,7 +102,7 @@ def lower(model: nn.Module, example_inputs: Any = None, *, fold: bool = True, wi
         InputError, TraceError: as for `prepare`.
         ModelError: a weight is not finite.
     """
-    gm = eval_only(trace(model, example_inputs))
+    gm = settle_eval(trace_parts(model, example_inputs))
     remove_gates(gm)
     channels = analyse(gm)
     plan = plan_lower(gm, channels, width_multiple)
@@ -103,6 +110,7 @@ def lower(model: nn.Module, example_inputs: Any = None, *, fold: bool = True, wi
     if fold:
         fold_batchnorm(gm)
     lower_convs(gm, plan)
-    gm.meta["lower_plan"] = plan
-    propagate(gm, gm.meta["inputs"])
+    network_meta(gm)["lower_plan"] = plan
+    for part in parts_of(gm).values():
+        propagate(part, part.meta["inputs"])
     return gm

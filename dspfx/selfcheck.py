@@ -14,7 +14,7 @@ from dspfx.config import DEFAULT_GATES, GateConfig, Inputs
 from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import materialise
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.traced import Network, TracedModule, network_meta, parts_of
 from dspfx.modules import GatedConv2d
 from dspfx.passes.apply_masks import apply_masks
 from dspfx.passes.plan_prune import Search
@@ -37,7 +37,7 @@ class SelfcheckReport:
         float_error: the same in float32.
         rounding: what float32 alone makes of the masked network: its distance from float64, as above.
         response: relative change of the output between two random inputs; near zero the comparison proves little.
-        batches: batch sizes compared.
+        batches: batch sizes compared, of each traced part.
     """
 
     model: str
@@ -67,7 +67,9 @@ def selfcheck(
     """Prunes a copy of `model` at random, lowers it, and compares both in float64; `model` and RNG are untouched.
 
     Batch norms are given random scales and shifts and calibrated on random inputs first, since a freshly
-    initialised network hardly responds to its input and would agree with anything.
+    initialised network hardly responds to its input and would agree with anything. Of a model that does not trace
+    whole, each traced part is compared on random inputs of its own: never what follows, such as the boxes that a
+    threshold leaves.
 
     Raises:
         MismatchError: outputs differ by more than 1e-9 of their scale, or nothing was pruned though something could.
@@ -102,21 +104,26 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> Selfche
     gm.eval()
     small = lower(gm)
     batches = (1, 5)
+    lowered = parts_of(small)
+    pairs = {name: (part, lowered[name]) for name, part in parts_of(gm).items()}
     error, response = 0.0, float("inf")
-    for batch in batches:
-        worst, change = _compare(gm, small, batch)
-        error, response = max(error, worst), min(response, change)
-    if error > TOLERANCE:
-        raise MismatchError(
-            f"{type(model).__name__}: the lowered network differs from the masked one by {error:.2e} of the output's "
-            f"scale, allowed is {TOLERANCE:.0e} in float64. Please report this model; do not use its lowered form."
-        )
-    float_error, rounding = _compare_floats(gm, small, batches)
-    run = small.meta["lower_plan"].flops_run
+    for name, (part, small_part) in pairs.items():
+        for batch in batches:
+            worst, change = _compare(part, small_part, batch)
+            error, response = max(error, worst), min(response, change)
+        if error > TOLERANCE:
+            raise MismatchError(
+                f"{type(model).__name__}: the lowered {name or 'network'} differs from the masked one by {error:.2e} "
+                f"of the output's scale, allowed is {TOLERANCE:.0e} in float64. Please report this model; do not use its "
+                f"lowered form."
+            )
+    floats = [_compare_floats(part, small_part, batches) for part, small_part in pairs.values()]
+    float_error, rounding = (max(figures) for figures in zip(*floats, strict=True))
+    run = network_meta(small)["lower_plan"].flops_run
     return SelfcheckReport(type(model).__name__, len(gates), left, run, error, float_error, rounding, response, batches)
 
 
-def revive(gm: TracedModule) -> None:
+def revive(gm: Network) -> None:
     """Random scales and shifts for every batch norm.
 
     Most shifts are positive, as in trained networks: units that are mostly on pass the input's changes through,
@@ -128,27 +135,34 @@ def revive(gm: TracedModule) -> None:
             nn.init.uniform_(norm.bias, -0.25, 1.0)
 
 
-def calibrate(gm: TracedModule) -> None:
-    """Gives every batch norm the statistics of what random inputs make it see."""
-    norms = _norms(gm)
-    modes = [(m, m.training) for m in gm.modules()]
+def calibrate(gm: Network) -> None:
+    """Gives every batch norm of every traced part the statistics of what random inputs make it see."""
+    for part in parts_of(gm).values():
+        _calibrate(part)
+
+
+def _calibrate(part: TracedModule) -> None:
+    norms = _norms(part)
+    modes = [(m, m.training) for m in part.modules()]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average over the batches
-    gm.train()
+    part.train()
+    for norm in norms:
+        norm.train()  # also where the user's own train() keeps it frozen
     with torch.no_grad():
         for _ in range(2 if norms else 0):
-            args, kwargs = random_inputs(gm, 8)
-            gm(*args, **kwargs)
+            args, kwargs = random_inputs(part, 8)
+            part(*args, **kwargs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    gm.train(modes[0][1])
+    part.train(modes[0][1])
     for module, mode in modes:
         module.training = mode
 
 
-def _norms(gm: TracedModule) -> list[nn.modules.batchnorm._BatchNorm]:
+def _norms(gm: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [m for m in gm.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 

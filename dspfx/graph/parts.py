@@ -16,9 +16,9 @@ from torch import fx, nn
 from dspfx.config import Inputs
 from dspfx.errors import InputError, TraceError
 from dspfx.graph.calls import Calls, record
-from dspfx.graph.inputs import describe, real_candidates, realise, refusal, try_inputs
+from dspfx.graph.inputs import describe, describe_inputs, propagate, real_candidates, realise, refusal, try_inputs
 from dspfx.graph.trace import trace, trace_shared
-from dspfx.graph.traced import TracedModule, network_meta, parts_of, set_network_meta
+from dspfx.graph.traced import Network, TracedModule, is_traced_in_parts, network_meta, parts_of, set_network_meta
 from dspfx.graph.verify import NotAccepted, Pair, find_direct_fault, find_fault, replace_everywhere, variants
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -27,19 +27,22 @@ _COOPERATIVE = {"__init__", "__new__", "__call__", "__str__", "__module__", "__d
 _RESERVED = {name for name in vars(fx.GraphModule) if name not in _COOPERATIVE and not name.startswith("__")} | {"meta"}
 
 
-def trace_parts(model: nn.Module, example_inputs: Any = None) -> nn.Module:
+def trace_parts(model: nn.Module, example_inputs: Any = None) -> Network:
     """A copy of `model`: traced whole (a TracedModule) where that can be done, else with its parts traced in place.
 
     Parts compute bit for bit what they replaced, which is checked on the example inputs and on others of another
     size. `network_meta` of the copy then holds "inputs", "user_class" and "untraced": {module: why it is no part}.
-    A network that has traced parts already is only copied.
+    What was returned once is only copied, and its parts get the example inputs' shapes where some are given.
 
     Raises:
         InputError: the model does not run on the example inputs, or none could be guessed.
         TraceError: no part of the model can be traced; names what stopped the whole.
     """
-    if not isinstance(model, TracedModule) and parts_of(model):
-        return copy.deepcopy(model)
+    if is_traced_in_parts(model):
+        network = copy.deepcopy(model)
+        if example_inputs is not None:
+            describe_parts(network, example_inputs)
+        return network
     try:
         return trace(model, example_inputs)
     except TraceError as error:
@@ -56,21 +59,43 @@ def trace_parts(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     return root
 
 
+def describe_parts(network: Network, example_inputs: Any) -> None:
+    """Gives every node of every traced part the shapes that it has when the network runs on these inputs.
+
+    Raises InputError where it does not run on them.
+    """
+    if isinstance(network, TracedModule):
+        propagate(network, describe_inputs(network, example_inputs))
+        return
+    inputs, calls = _run(network, example_inputs)
+    for part in parts_of(network).values():
+        described, _ = calls.example(part)
+        if described is not None:  # None: not called this time, and what was known stays
+            propagate(part, described)
+            part.meta["work"] = calls.work(part, network)
+    network_meta(network)["inputs"] = describe(inputs.args, inputs.kwargs)
+
+
 def put_parts(model: nn.Module, parts: Mapping[str, Inputs]) -> nn.Module:
-    """A copy of `model` whose named submodules are traced again with the described inputs; nothing is run.
+    """A copy of `model` whose named submodules are traced again with the described inputs; the model is not run.
 
     Raises TraceError where a submodule is missing or cannot be traced, InputError where it refuses its inputs.
     """
     root = copy.deepcopy(model)
     for name, inputs in parts.items():
-        try:
-            child = root.get_submodule(name)
-        except AttributeError as error:
-            raise TraceError(f"{type(model).__name__} has no submodule {name!r} to trace: {error}.") from error
+        child = submodule(root, name)
         described, _ = try_inputs(child, inputs)
         replace_everywhere(root, child, trace_shared(child, described))
-    set_network_meta(root, {"user_class": type(model)})
+    set_network_meta(root, {"user_class": type(model), "untraced": {}})
     return root
+
+
+def submodule(root: nn.Module, name: str) -> nn.Module:
+    """`root.get_submodule(name)`; TraceError where there is none."""
+    try:
+        return root.get_submodule(name)
+    except AttributeError as error:
+        raise TraceError(f"{type(root).__name__} has no submodule {name!r} to trace: {error}.") from error
 
 
 def why_untraced(model: nn.Module, name: str) -> str:

@@ -57,7 +57,12 @@ def with_larger_images(inputs: Inputs) -> Inputs:
 
 
 def _is_list_of_images(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(x, Tensor) and x.dim() == 3 for x in value)
+    """A list of [1, 3 or 4 channels, height, width], which is how detectors take a batch."""
+    return isinstance(value, list) and bool(value) and all(isinstance(x, Tensor) and _is_image(x) for x in value)
+
+
+def _is_image(x: Tensor) -> bool:
+    return x.dim() == 3 and x.shape[0] in (1, 3, 4) and min(x.shape[1:]) >= 8
 
 
 def _changed(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:

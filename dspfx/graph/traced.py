@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from torch import fx, nn
 
@@ -16,6 +16,8 @@ from dspfx.errors import TraceError
 traced_modules: weakref.WeakSet[TracedModule] = weakref.WeakSet()
 
 _NETWORK_META = "_dspfx_meta"
+# A TracedModule, or the user's own class with TracedModules in it: a type that no annotation can name.
+Network: TypeAlias = Any
 
 
 class TrainingFlag(nn.Module):
@@ -151,6 +153,11 @@ def set_network_meta(model: nn.Module, meta: dict[str, Any]) -> None:
     model.__dict__[_NETWORK_META] = meta
 
 
+def is_traced_in_parts(model: nn.Module) -> bool:
+    """True for what `trace_parts` made of a model that does not trace whole, and for copies of it."""
+    return not isinstance(model, TracedModule) and _NETWORK_META in model.__dict__
+
+
 def eval_graph(gm: TracedModule) -> fx.Graph:
     """The graph that runs in eval mode, whatever mode the module is in."""
     return gm.meta["graphs"]["eval"] if "graphs" in gm.meta else gm.graph
@@ -172,3 +179,13 @@ def eval_only(gm: TracedModule) -> TracedModule:
     lean.meta = {"inputs": gm.meta["inputs"]}
     traced_modules.add(lean)
     return lean
+
+
+def settle_eval(network: Network) -> Network:
+    """The network in eval mode for good: traced whole, see `eval_only`; else each part with its eval graph alone."""
+    if isinstance(network, TracedModule):
+        return eval_only(network)
+    network.eval()
+    for part in parts_of(network).values():
+        part.meta.pop("graphs", None)
+    return network
