@@ -120,7 +120,7 @@ def _train(gm: nn.Module, inputs: Any, case: Case) -> None:
     optimizer.step()
     gm.eval()
     after = list(gm.parameters())
-    _require(bool(loss.isfinite()), f"the loss is {float(loss):.3g}")
+    _require(bool(loss.isfinite()), f"the loss is {loss.item():.3g}")
     _require(all(bool(p.isfinite().all()) for p in after), "a weight is not finite after the step")
     _require(any(not torch.equal(p, q) for p, q in zip(before, after, strict=True)), "no weight has changed")
 

@@ -13,13 +13,14 @@ from torchvision import models
 from torchvision.models import convnext, regnet, vision_transformer
 from torchvision.models.video import mvit
 
+from dspfx.config import Inputs
 from tools.sweep.cases import BATCH, Case, images, printed
 
 COUNT = 121  # with torchvision 0.29
 SIZE = 64
 SIZES = {"inception_v3": 299, "quantized_inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
-CLIPS = {"s3d": (13, 209, 209)}  # the smallest that fills its last pooling window, 2x7x7
-CLIP = (4, 64, 64)
+CLIP = (4, 32, 32)
+S3D = (8, 32, 32)
 DETECTORS: dict[str, Any] = {"min_size": 64, "max_size": 96}
 PROPOSALS = {f"rpn_{what}_nms_top_n_{mode}": 12 for what in ("pre", "post") for mode in ("train", "test")}
 
@@ -62,8 +63,10 @@ def _segmentation_case(kind: str, name: str) -> Case:
 
 
 def _video_case(kind: str, name: str) -> Case:
-    shape = (3, *CLIPS.get(name, CLIP))
+    shape = (3, *(S3D if name == "s3d" else CLIP))
     make, note = _get(name), ""
+    if name == "s3d":
+        make, note = _small_s3d, "last pooling window of 1x1x1"
     if name.startswith("mvit"):  # its positions are made for one size, which its constructor fixes
         make, note = _changed(mvit, "_mvit", _small_clip, make), "made for clips of this size"
     return Case(name, "torchvision", kind, printed(shape), make, images(*shape), classes=400, note=note)
@@ -80,8 +83,12 @@ def _detection_case(kind: str, name: str) -> Case:
 
 
 def _flow_case(kind: str, name: str) -> Case:
-    frames = lambda: (torch.rand(BATCH, 3, 128, 128), torch.rand(BATCH, 3, 128, 128))  # noqa: E731
-    return Case(name, "torchvision", kind, "2 of 3x128x128", _get(name), frames, classes=2)
+    updates, note = {"raft_small": (3, "3 updates of 12")}.get(name, (12, ""))
+
+    def frames() -> Inputs:
+        return Inputs(torch.rand(BATCH, 3, 128, 128), torch.rand(BATCH, 3, 128, 128), num_flow_updates=updates)
+
+    return Case(name, "torchvision", kind, "2 of 3x128x128", _get(name), frames, classes=2, note=note)
 
 
 def _photographs() -> list[Tensor]:
@@ -126,6 +133,13 @@ def _changed(module: Any, builder: str, change: Callable[[dict[str, Any]], None]
 
 def _small_clip(options: dict[str, Any]) -> None:
     options |= {"temporal_size": CLIP[0], "spatial_size": CLIP[1:]}
+
+
+def _small_s3d() -> nn.Module:
+    """Its last pooling window, 2x7x7, wants clips of 13x209x209 at least, thirty times the work."""
+    model = models.video.s3d(weights=None)
+    model.avgpool = nn.AvgPool3d(1)
+    return model
 
 
 def _two_layers(options: dict[str, Any]) -> None:
