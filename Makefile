@@ -1,6 +1,7 @@
 # From a bare machine with python3 (3.11 or newer) and make: `make test` and `make demo` install what they need first.
 #   make test                   install, then check: style, types, tests
 #   make demo                   install, then compress a ResNet20 on scikit-learn's digits, about two minutes on two cores
+#   make coverage               every torchvision model and one of each of timm's files into docs/coverage.md, an hour
 #   make format                 write the style that `make check` asks for
 #   make test VENV=/some/venv PYTHON=python3.12
 
@@ -12,7 +13,7 @@ DEMO_OUT ?= runs/demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspfx-installed
 
-.PHONY: test check demo format clean
+.PHONY: test check demo coverage format clean
 
 test: check
 
@@ -24,6 +25,10 @@ check: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m dspfx compress --model resnet20 --data digits --budget flops=0.35 --out $(DEMO_OUT)
+
+coverage: $(STAMP)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[zoo]"
+	$(BIN)/python tools/coverage_table.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
