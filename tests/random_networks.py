@@ -67,7 +67,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.made: list[str] = []  # lines of __init__
-        self.lines: list[tuple[str, str]] = []  # lines of forward: what is written, and the rest, which reads
+        self.lines: list[tuple[str, str]] = []  # lines of forward, and the part of each that reads
         self.values: list[Value] = []
         self.layers: list[tuple[str, int]] = []  # (name, input channels) of what may be called again
         self._module = nn.Module()
@@ -108,7 +108,7 @@ class Writer:
         degree = degree or max((v.degree for v in self.values if v.name in _NAME.findall(source)), default=1)
         value = Value(name, tuple(tuple(t.shape) for t in found), degree)
         self._check(value)
-        self.lines.append((f"{name} = ", source))
+        self.lines.append((f"{name} = {source}", source))
         self.values.append(value)
         return value
 
@@ -122,15 +122,15 @@ class Writer:
             self._check(value)
             for env, tensor in zip(self._env, tensors, strict=True):
                 env[value.name] = tensor
-        self.lines.append((f"{', '.join(names)} = ", source))
+        self.lines.append((f"{', '.join(names)} = {source}", source))
         self.values += values
         return values
 
-    def change(self, value: Value, source: str) -> None:
-        """A line that changes a variable in place: `source` is what stands behind its name."""
+    def change(self, value: Value, line: str) -> None:
+        """A line that changes `value`, written as {}, in place; what else it names it reads."""
         for env in self._env:
-            env |= _executed(value.name + source, env)
-        self.lines.append((value.name, source))
+            env |= _executed(line.format(value.name), env)
+        self.lines.append((line.format(value.name), line))
 
     def _run(self, env: dict[str, Any], name: str, source: str) -> Any:
         env |= _executed(f"{name} = {source}", env)
@@ -177,7 +177,7 @@ class Program:
             convolution over each of it.
         outputs: values returned beside the head's, counted back.
         width: channels of the first convolution; the second one has eight.
-        dead: a third of the filters are zero from the start, so that their channels are constant.
+        zeros: filters and columns of the weights are zero from the start, so that channels are constant or unread.
         seed: of the weights.
     """
 
@@ -185,7 +185,7 @@ class Program:
     head: str = "pooled"
     outputs: tuple[int, ...] = ()
     width: int = 8
-    dead: bool = False
+    zeros: bool = False
     seed: int = 0
 
     def written(self) -> tuple[Writer, str]:
@@ -219,7 +219,7 @@ class Program:
         """The network as a class `Net`."""
         w, result = self.written()
         made = "".join(f"        {line}\n" for line in w.made)
-        lines = "".join(f"        {written}{source}\n" for written, source in w.lines)
+        lines = "".join(f"        {line}\n" for line, _ in w.lines)
         return (
             "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
             f"{made}\n    def forward(self, x):\n{lines}        return {result}\n"
@@ -235,12 +235,12 @@ class Program:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model: nn.Module = namespace["Net"]()
-            _enliven(model, self.dead)
+            _enliven(model, self.zeros)
         return model
 
 
-def _enliven(model: nn.Module, dead: bool) -> None:
-    """Weights that keep the signal's size, random biases, scales and shifts; dead filters where asked for."""
+def _enliven(model: nn.Module, zeros: bool) -> None:
+    """Weights that keep the signal's size, random biases, scales, shifts and statistics; zeros where asked for."""
     for module in model.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(weight, nn.Parameter) and weight.dim() > 1:
@@ -249,9 +249,23 @@ def _enliven(model: nn.Module, dead: bool) -> None:
             nn.init.uniform_(weight, 0.5, 1.5)
         if isinstance(bias, nn.Parameter):
             nn.init.normal_(bias, 0.2, 0.3)
-        if dead and isinstance(module, (nn.Conv2d, nn.Linear)):
-            with torch.no_grad():
-                module.weight[torch.rand(module.weight.shape[0]) < 1 / 3] = 0
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None
+            nn.init.normal_(module.running_mean, 0.0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if zeros and isinstance(module, (nn.Conv2d, nn.Linear)):
+            _zero_some(module)
+
+
+@torch.no_grad()
+def _zero_some(layer: nn.Conv2d | nn.Linear) -> None:
+    """A third of the filters makes constants, half of these zeros; a third of the input channels goes unread."""
+    filters, channels = layer.weight.shape[:2]
+    dead, unread = torch.rand(filters) < 1 / 3, torch.rand(channels) < 1 / 3
+    layer.weight[dead] = 0
+    layer.weight[:, unread] = 0
+    if layer.bias is not None:
+        layer.bias[dead & (torch.rand(filters) < 1 / 2)] = 0
 
 
 def _instances(kind: type[Op]) -> st.SearchStrategy[Op]:
@@ -266,6 +280,6 @@ def programs(longest: int = 12) -> st.SearchStrategy[Program]:
         head=st.sampled_from(("pooled", "flattened", "maps")),
         outputs=st.lists(st.integers(0, 5), max_size=2).map(tuple),
         width=st.sampled_from((8, 12)),
-        dead=st.booleans(),
+        zeros=st.booleans(),
         seed=st.integers(0, 999),
     )

@@ -95,7 +95,7 @@ class Act(Op):
         "F.relu({})", "{}.relu()", "nn.ReLU()", "nn.ReLU(inplace=True)", "F.relu({}, inplace=True)", "nn.SiLU()",
         "torch.sigmoid({})", "nn.Hardswish(inplace=True)", "F.leaky_relu({}, 0.1)", "nn.LeakyReLU(0.2, inplace=True)",
         "nn.PReLU()", "nn.PReLU(C)", "F.gelu({})", "torch.tanh({})", "F.softplus({})", "{}.clamp(min=0.1)",
-        "nn.ReLU6()", "1 - {}", "{} * 0.5 - 1", "-{}", "{}.abs()", "nn.Dropout(0.2)", "{}.relu_()", "{}.clone()",
+        "nn.ReLU6()", "1 - {}", "{} * 0.5 - 1", "-{}", "{}.abs()", "{}.relu_()", "{}.clone()",
         "nn.Threshold(0.1, 0.5)", "{} / (1 + {}.abs())", "torch.where({} > 0, {}, 0.1 * {})",
         "{}.square().mean(1, keepdim=True)",
     )  # fmt: skip
@@ -219,12 +219,41 @@ class Binary(Op):
 class InPlace(Op):
     x: int = back()
     y: int = choice(1, 2, 3, 4)
-    form: str = choice(" += {}", ".add_({})", " *= torch.sigmoid({})", " -= {}", "[:, :2].add_({}[:, :2])")
+    form: str = choice("{} += Y", "{}.add_(Y)", "{} *= torch.sigmoid(Y)", "{} -= Y", "{}[:, :2].add_(Y[:, :2])")
 
     def write(self, w: Writer) -> None:
         x, y = equal(w, w.image(self.x), w.image(self.y))
         need(x.channels > 2 or "[" not in self.form, "too few channels")
-        w.change(x, self.form.format(y.name))
+        w.change(x, self.form.replace("Y", y.name))
+
+
+@dataclass(frozen=True, repr=False)
+class Overwrite(Op):
+    """A statement that changes a tensor, and with it every view of it, whether they were read before or not."""
+
+    x: int = back()
+    form: str = choice(
+        "{}.relu_()", "{}.add_(2)", "{} += 1", "F.relu({}, inplace=True)", "{} /= 2", "{} *= -1", "{}.clamp_(min=0.1)",
+        "{}[:, 1:].mul_(2)", "torch.relu_({})", "{}.fill_(0.5)",
+    )  # fmt: skip
+
+    def write(self, w: Writer) -> None:
+        w.change(w.image(self.x), self.form)
+
+
+@dataclass(frozen=True, repr=False)
+class Alias(Op):
+    """Another name for a tensor, as a rule: what changes one changes the other."""
+
+    x: int = back()
+    form: str = choice(
+        "nn.Identity()", "{}.view({}.shape)", "{}.to({}.dtype)", "F.dropout({}, 0.3, self.training)", "nn.Dropout(0.3)",
+        "{}[:]", "{}.permute(0, 2, 3, 1).permute(0, 3, 1, 2)", "{}.contiguous()", "{}.detach()", "{}.expand_as({})",
+    )  # fmt: skip
+
+    def write(self, w: Writer) -> None:
+        x = w.image(self.x)
+        w.value(f"{w.layer(self.form)}({x.name})" if self.form.startswith("nn.") else self.form.replace("{}", x.name))
 
 
 @dataclass(frozen=True, repr=False)
@@ -375,7 +404,7 @@ class Resize(Op):
         "F.interpolate({}, scale_factor=2)", "F.interpolate({}, scale_factor=2, mode='bilinear')",
         "F.pad({}, (1, 1, 1, 1))", "F.interpolate({}, size=(6, 5), mode='bilinear', align_corners=True)",
         "nn.Upsample(scale_factor=2)", "F.pad({}, (1, 0, 0, 1), value=0.5)", "F.pad({}, (1, 1, 1, 1), mode='reflect')",
-        "F.pad({}, (0, 1), mode='replicate')", "F.pad({}, (-1, 0, 0, 0))", "F.pad({}, (0, 0, 0, 0, 1, 2))",
+        "F.pad({}, (0, 1, 0, 0), mode='replicate')", "F.pad({}, (-1, 0, 0, 0))", "F.pad({}, (0, 0, 0, 0, 1, 2))",
         "F.pad({}, (0, 0, 0, 0, 2, 0), value=0.5)", "F.pad({}, (1, 0, 0, 0, 0, 2))", "nn.ZeroPad2d((1, 0, 0, 1))",
         "{}[:, :, ::2, 1:]", "{}.transpose(2, 3)", "F.pad({}, (0, 0, 0, 0, -1, 1))", "{}[:, 1:-1]",
         "nn.ReflectionPad2d(1)", "torch.roll({}, 1, 2)",
@@ -484,5 +513,5 @@ class Back(Op):
 
 OPS: tuple[type[Op], ...] = (
     *(Conv, Act, Norm, Binary, Depthwise, Cat, Split, Conv, Gate, Shuffle, Pool, Scale, Stack, PixelShuffle),
-    *(Conv, Resize, InPlace, Transposed, Functional, Again, Flatten, Back, Unknown),
+    *(Conv, Resize, InPlace, Transposed, Functional, Again, Flatten, Back, Unknown, Alias, Overwrite),
 )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from dspfx.config import GateConfig
 from dspfx.graph.traced import TracedModule
 from dspfx.passes import plan_lower
-from dspfx.pipeline import prepare
+from dspfx.pipeline import lower, prepare
 from dspfx.selfcheck import TOLERANCE, selfcheck
-from tests.compare import run, same
+from tests.compare import error, run, same
 from tests.random_networks import CHANNELS, SIZES, Program, programs
 
 
@@ -37,6 +37,14 @@ def check_prepared(model: nn.Module, gm: TracedModule) -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def check_zeros(model: nn.Module) -> None:
+    """Zeros in the weights as they came are all that lowering needs, and it keeps the function."""
+    model = model.double().eval()
+    image = images(2, SIZES[1], torch.float64)
+    small = lower(prepare(model, images(2, SIZES[0], torch.float64), GateConfig(groups=2)).eval())
+    assert error(run(model, (image,)), run(small, (image,))) <= TOLERANCE
+
+
 def check_lowered(model: nn.Module, program: Program) -> None:
     report = selfcheck(model, images(2, SIZES[0]), GateConfig(groups=2), seed=program.seed)
     assert report.error <= TOLERANCE
@@ -50,6 +58,8 @@ def test_prepared_equals_original_and_masked_equals_lowered(program: Program) ->
     model = program.build()
     with torch.no_grad():
         check_prepared(program.build(), prepare(model, images(2, SIZES[0]), GateConfig(groups=2)))
+        if program.zeros:
+            check_zeros(program.build())
     check_lowered(model, program)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_lower, "BRANCH_WIDTH", 1)
