@@ -19,13 +19,15 @@ class GateConfig:
         noise: "textbook" divides logits and Gumbel noise by tau; "authors" divides the logits only, as their
             released code does.
         cost: "flops" weighs a layer's regulariser by the size of its input activation, "params" does not.
-        skip: qualified names of convolutions that get no gate.
+        linear: gate linear layers too (as 1x1 convolutions of one position), such as the MLPs of transformers.
+        skip: qualified names of layers that get no gate.
     """
 
     groups: int = 4
     tau: float = 0.5
     noise: Literal["textbook", "authors"] = "textbook"
     cost: Literal["flops", "params"] = "flops"
+    linear: bool = False
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -37,6 +39,8 @@ class GateConfig:
             raise ConfigError(f"GateConfig.noise is {self.noise!r}; give 'textbook' or 'authors'.")
         if self.cost not in ("flops", "params"):
             raise ConfigError(f"GateConfig.cost is {self.cost!r}; give 'flops' or 'params'.")
+        if not isinstance(self.linear, bool):
+            raise ConfigError(f"GateConfig.linear is {self.linear!r}; give True or False.")
         if isinstance(self.skip, str):
             raise ConfigError(f"GateConfig.skip is the string {self.skip!r}; give a tuple of names: ({self.skip!r},).")
         object.__setattr__(self, "skip", tuple(self.skip))

@@ -84,15 +84,15 @@ def _prunable_pairs(channels: ChannelGraph) -> dict[str, float]:
     shares = {}
     for step in channels.steps:
         if step.kind == "conv":
-            shares[step.module] = 1 - float(pinned[step.out].mean() * pinned[step.ins[0]].mean())
+            shares[step.name] = 1 - float(pinned[step.out].mean() * pinned[step.ins[0]].mean())
         elif step.kind == "depthwise":  # a pair of its own for every filter
-            shares[step.module] = 1 - float(pinned[step.out].mean())
+            shares[step.name] = 1 - float(pinned[step.out].mean())
     return shares
 
 
 def _pins(channels: ChannelGraph) -> tuple[Pinned, ...]:
     """The pins of channels that layers make, by reason; a layer called twice counts once."""
-    made = {step.module: step.out for step in reversed(channels.steps) if step.kind in ("conv", "depthwise")}
+    made = {step.name: step.out for step in reversed(channels.steps) if step.kind in ("conv", "depthwise")}
     count: dict[str, int] = defaultdict(int)
     nodes: dict[str, dict[str, None]] = defaultdict(dict)
     for out in reversed(made.values()):

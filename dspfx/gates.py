@@ -14,7 +14,7 @@ from dspfx.errors import MismatchError, ModelError
 from dspfx.graph.traced import network_meta
 from dspfx.method import grouping
 from dspfx.method.clustering import cluster_filters
-from dspfx.modules import GatedConv2d
+from dspfx.modules import GatedLayer
 from dspfx.plans import GatePlan
 
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # Adam's usual ones; the paper names only the learning rate
@@ -23,24 +23,29 @@ _LEAN = 0.5  # at tau 0.5 and four groups a filter stays with its cluster in abo
 
 @dataclass
 class Gate:
-    """One gated convolution, its weight in the regulariser, and the Adam state of its logits."""
+    """One gated layer, its weight in the regulariser, and the Adam state of its logits."""
 
     name: str
-    conv: GatedConv2d
+    layer: GatedLayer
     scale: float
     exp_avg: Tensor
     exp_avg_sq: Tensor
     steps: int = 0
 
+    @property
+    def weight(self) -> Tensor:
+        """A view [O, C, kernel] of the layer's weight."""
+        return self.layer.by_filter(self.layer.weight)
+
     def lean_towards_clusters(self) -> None:
         """Starts logits that are all zero at `_LEAN` for the group that clustering gives each filter."""
-        if self.conv.is_learned or self.conv.gate_groups == 1:
+        if self.layer.is_learned or self.layer.gate_groups == 1:
             return
-        energy = grouping.kernel_energy(self.conv.weight.detach())
+        energy = grouping.kernel_energy(self.weight.detach())
         if not bool(energy.isfinite().all()):
             return  # the first step names the layer
-        group = cluster_filters(energy.cpu(), self.conv.gate_groups).to(energy.device)
-        self.conv.gate_logits.scatter_(0, group[None], _LEAN)
+        group = cluster_filters(energy.cpu(), self.layer.gate_groups).to(energy.device)
+        self.layer.gate_logits.scatter_(0, group[None], _LEAN)
 
 
 @dataclass(frozen=True)
@@ -52,36 +57,41 @@ class GateBatch:
     scale: Tensor  # [B, 1, 1]
 
     @property
+    def parameters(self) -> list[Tensor]:
+        """The weights themselves, as their layers hold them."""
+        return [gate.layer.weight for gate in self.gates]
+
+    @property
     def weights(self) -> list[Tensor]:
-        """The weights themselves, B times [O, C, kh, kw]."""
-        return [gate.conv.weight for gate in self.gates]
+        """Views of the weights, B times [O, C, kernel]."""
+        return [gate.weight for gate in self.gates]
 
     @property
     def gradients(self) -> list[Tensor]:
-        """What the training step left in `.grad`, B times [O, C, kh, kw]."""
-        return [weight.grad for weight in self.weights if weight.grad is not None]
+        """What the training step left in `.grad`, like `parameters`."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def logits(self) -> Tensor:
         """A copy of A, [B, G, O]."""
-        return torch.stack([gate.conv.gate_logits for gate in self.gates])
+        return torch.stack([gate.layer.gate_logits for gate in self.gates])
 
     def energies(self) -> Tensor:
         """w2 [B, O, C]."""
         return torch.stack([grouping.kernel_energy(weight) for weight in self.weights])
 
     def products(self, gradients: list[Tensor]) -> Tensor:
-        """<W, g> [B, O, C]."""
-        pairs = zip(self.weights, gradients, strict=True)
-        return torch.stack([grouping.kernel_products(weight, gradient) for weight, gradient in pairs])
+        """<W, g> [B, O, C], of gradients like `parameters`."""
+        pairs = zip(self.gates, gradients, strict=True)
+        return torch.stack([grouping.kernel_products(gate.weight, gate.layer.by_filter(g)) for gate, g in pairs])
 
     def multiply(self, factor: Tensor) -> None:
         """W[o, c] <- W[o, c] * factor[b, o, c] for each weight, in place; zeros stay zeros."""
-        for weight, kernels in zip(self.weights, factor[..., None, None], strict=True):
+        for weight, kernels in zip(self.weights, factor[..., None], strict=True):
             weight.mul_(kernels)
 
     def step_logits(self, hypergradient: Tensor, lr: float) -> None:
         """One Adam step on the logits, along [B, G, O]."""
-        logits = [gate.conv.gate_logits for gate in self.gates]
+        logits = [gate.layer.gate_logits for gate in self.gates]
         gradients = list(hypergradient.to(logits[0].dtype).unbind())
         for gate in self.gates:
             gate.steps += 1
@@ -99,37 +109,35 @@ class GateBatch:
 
 
 def find_gates(gm: nn.Module) -> tuple[GatePlan, list[Gate]]:
-    """Every `GatedConv2d` of a prepared network, logits in float32 or better, with the weight its plan gives it.
+    """Every `GatedLayer` of a prepared network, logits in float32 or better, with the weight its plan gives it.
 
     Raises:
         ModelError: `gm` was not prepared, or nothing in it is gated.
-        MismatchError: a gated convolution is missing in the network's gate plan.
+        MismatchError: a gated layer is missing in the network's gate plan.
     """
     plan = network_meta(gm).get("gate_plan")
-    convs = {name: module for name, module in gm.named_modules() if isinstance(module, GatedConv2d)}
-    if not isinstance(plan, GatePlan) or not convs:
-        missing = "gated convolution" if isinstance(plan, GatePlan) else "gate plan"
+    layers = {name: module for name, module in gm.named_modules() if isinstance(module, GatedLayer)}
+    if not isinstance(plan, GatePlan) or not layers:
+        missing = "gated layer" if isinstance(plan, GatePlan) else "gate plan"
         raise ModelError(
             f"GroupLearner found no {missing} in this {type(gm).__name__}; call dspfx.prepare first and pass the "
             "network that it returns (print(dspfx.coverage(gm)) says what was gated)."
         )
     specs = {spec.name: spec for spec in plan.layers}
-    reference = statistics.median(specs[name].input_elements for name in convs if name in specs) if specs else 1
+    reference = statistics.median(specs[name].input_elements for name in layers if name in specs) if specs else 1
     gates = []
-    for name, conv in convs.items():
+    for name, layer in layers.items():
         if name not in specs:
             raise MismatchError(
-                f"The gated convolution {name!r} is not in the network's gate plan, which lists {len(specs)} layers; "
+                f"The gated layer {name!r} is not in the network's gate plan, which lists {len(specs)} layers; "
                 "prepare the network anew."
             )
         relative = specs[name].input_elements / reference
-        scale = grouping.layer_scale(
-            conv.gate_groups, conv.out_channels, conv.kernel_size[0], relative, plan.config.cost
-        )
+        scale = grouping.layer_scale(layer.gate_groups, layer.filters, layer.kernel_height, relative, plan.config.cost)
         # gm.half() turns the logits into half precision too, in which steps of 1e-3 are lost.
-        conv.gate_logits = conv.gate_logits.to(torch.promote_types(conv.gate_logits.dtype, torch.float32))
-        zeros = torch.zeros_like(conv.gate_logits)
-        gates.append(Gate(name, conv, scale, zeros, zeros.clone()))
+        layer.gate_logits = layer.gate_logits.to(torch.promote_types(layer.gate_logits.dtype, torch.float32))
+        zeros = torch.zeros_like(layer.gate_logits)
+        gates.append(Gate(name, layer, scale, zeros, zeros.clone()))
     return plan, gates
 
 
@@ -141,17 +149,17 @@ def batch_gates(gates: list[Gate], optimizer: torch.optim.Optimizer, scales: dic
     owners = {id(p): (i, group) for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     found: dict[Any, tuple[float, list[Gate]]] = {}
     for gate in gates:
-        weight, logits = gate.conv.weight, gate.conv.gate_logits
+        weight, logits = gate.layer.weight, gate.layer.gate_logits
         if not weight.requires_grad or weight.grad is None or id(weight) not in owners:
             continue
         index, group = owners[id(weight)]
-        key = (logits.shape, logits.dtype, weight.shape[1], weight.dtype, weight.device, index)
+        key = (logits.shape, logits.dtype, gate.layer.channels, weight.dtype, weight.device, index)
         found.setdefault(key, (float(group["lr"]), []))[1].append(gate)
     return [GateBatch(members, lr, _scale(members, scales)) for lr, members in found.values()]
 
 
 def _scale(gates: list[Gate], scales: dict[Any, Tensor]) -> Tensor:
-    weight = gates[0].conv.weight
+    weight = gates[0].layer.weight
     key = (tuple(gate.name for gate in gates), weight.device)
     if key not in scales:
         values = [gate.scale for gate in gates]
@@ -169,7 +177,7 @@ def check_finite(batches: list[GateBatch], hypergradients: list[Tensor]) -> None
     for batch, hypergradient in zip(batches, hypergradients, strict=True):
         for gate, part in zip(batch.gates, hypergradient, strict=True):
             if not torch.isfinite(part).all():
-                what = "gradient" if torch.isfinite(gate.conv.weight).all() else "weight"
+                what = "gradient" if torch.isfinite(gate.layer.weight).all() else "weight"
                 raise ModelError(
                     f"The {what} of {gate.name!r} holds NaN or infinity; the logits and weights were not touched by "
                     "GroupLearner in this step. Lower the learning rate, or use a GradScaler with float16."

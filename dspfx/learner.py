@@ -19,7 +19,7 @@ _STATE_VERSION = 1
 
 
 class GroupLearner:
-    """Learns the groups of every `GatedConv2d` of a prepared network beside any training loop.
+    """Learns the groups of every `GatedLayer` of a prepared network beside any training loop.
 
     mode="fused" (default): construct it, and leave the loop as it is. After every optimizer step that really happened
     it reuses the gradients the loop has just computed (`p.grad` as the optimizer saw it: unscaled, and clipped if the
@@ -110,7 +110,7 @@ class GroupLearner:
         penalty, entropy, filters = 0.0, 0.0, 0
         with torch.no_grad():
             for gate in self._gates:
-                logits, energy = gate.conv.gate_logits, grouping.kernel_energy(gate.conv.weight)
+                logits, energy = gate.layer.gate_logits, grouping.kernel_energy(gate.weight)
                 hard = grouping.hard_groups(logits).to(energy.dtype)
                 penalty += float(grouping.penalty(hard, energy, gate.scale))
                 logs = torch.log_softmax(logits / self._config.tau, dim=0)
@@ -242,8 +242,8 @@ def _is_number(value: object) -> bool:
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> None:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = [gate.name for gate in gates if gate.conv.weight.requires_grad]
-    missing = [gate.name for gate in gates if gate.conv.weight.requires_grad and id(gate.conv.weight) not in owned]
+    trained = [gate.name for gate in gates if gate.layer.weight.requires_grad]
+    missing = [gate.name for gate in gates if gate.layer.weight.requires_grad and id(gate.layer.weight) not in owned]
     if missing:
         raise MismatchError(
             f"The optimizer does not own {missing[0] + '.weight'!r} ({len(missing)} of {len(trained)} trainable gated "

@@ -1,4 +1,4 @@
-"""The two forms a convolution takes: gated while it learns its groups, split into branches once it is lowered."""
+"""The two forms a layer takes: gated while it learns its groups, split into branches once it is lowered."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dspfx.errors import ConfigError
 from dspfx.plans import Group
 
 
-class GatedConv2d(nn.Conv2d):
-    """A dense `nn.Conv2d` that carries its group structure; its output is that of the convolution it replaced.
+class GatedLayer(nn.Module):
+    """A dense layer that carries its group structure; its output is that of the layer it replaced.
 
-    Buffers, beside `weight [O, C, kh, kw]` and `bias [O]`:
+    Buffers, beside `weight` (O filters of C input channels) and `bias [O]`:
         gate_logits: float [G, O], the group logits A of DSP section 3; all zero until learned.
         gate_group: int64 [O], the group of each filter once pruned; -1 is a dead filter.
         gate_keep: bool [G, C], the input channels each group still reads.
@@ -22,45 +22,59 @@ class GatedConv2d(nn.Conv2d):
     They are buffers, not parameters, so that no optimizer, weight decay or DDP unused-parameter check sees them.
     """
 
+    weight: Tensor
+    bias: Any  # each of torch's layers declares its own
     gate_logits: Tensor
     gate_group: Tensor
     gate_keep: Tensor
     GATE_KEYS = ("gate_logits", "gate_group", "gate_keep")
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Any, *, gate_groups: int = 4, **options: Any
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, **options)
-        if self.groups != 1:
-            raise ConfigError(f"GatedConv2d gates dense convolutions only; this one has groups={self.groups}.")
-        for key, value in _fresh_gates(gate_groups, self.out_channels, self.in_channels, self.weight.device).items():
-            self.register_buffer(key, value)
+    filter_axis = 0
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, gate_groups: int) -> GatedConv2d:
-        """A gated convolution over the very parameters of `conv` (shared, not copied), in its mode."""
-        gated = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            device="meta",  # no memory, and no random numbers drawn for weights that nobody will see
-            gate_groups=gate_groups,
-        )
-        gated.weight, gated.bias = conv.weight, conv.bias
-        gates = _fresh_gates(gate_groups, conv.out_channels, conv.in_channels, conv.weight.device)
-        for key, value in gates.items():
-            setattr(gated, key, value)
-        return gated.train(conv.training)
+    def gate(cls, layer: nn.Module, groups: int) -> GatedLayer:
+        """`layer` with `groups` groups, over its very parameters (shared, not copied), in its mode."""
+        kind = next((gated for plain, gated in GATED.items() if isinstance(layer, plain)), None)
+        if kind is None or getattr(layer, "groups", 1) != 1:
+            raise ConfigError(
+                f"only dense convolutions and linear layers are gated; this is a {type(layer).__name__} with "
+                f"groups={getattr(layer, 'groups', 1)}."
+            )
+        gated = _retyped(layer, kind)
+        assert isinstance(gated, GatedLayer)
+        pairs = gated.by_filter(gated.weight)
+        filters, channels, device = pairs.shape[0], pairs.shape[1], pairs.device
+        gated.register_buffer("gate_logits", torch.zeros(groups, filters, device=device))
+        gated.register_buffer("gate_group", torch.zeros(filters, dtype=torch.int64, device=device))
+        gated.register_buffer("gate_keep", torch.ones(groups, channels, dtype=torch.bool, device=device))
+        return gated
+
+    def ungated(self) -> nn.Module:
+        """The plain layer over the same parameters."""
+        kind = next(plain for plain, gated in GATED.items() if isinstance(self, gated))
+        plain = _retyped(self, kind)
+        for key in self.GATE_KEYS:
+            del plain._buffers[key]
+        return plain
 
     @property
     def gate_groups(self) -> int:
         """G, the number of groups."""
         return self.gate_logits.shape[0]
+
+    @property
+    def filters(self) -> int:
+        """O."""
+        return self.gate_logits.shape[1]
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.gate_keep.shape[1]
+
+    @property
+    def kernel_height(self) -> int:
+        """Of a linear layer, 1."""
+        return self.weight.shape[2] if self.weight.dim() > 2 else 1
 
     @property
     def is_learned(self) -> bool:
@@ -72,15 +86,80 @@ class GatedConv2d(nn.Conv2d):
         """True once a filter died or a group lost an input channel."""
         return bool((self.gate_group < 0).any() or not self.gate_keep.all())
 
+    def by_filter(self, value: Tensor) -> Tensor:
+        """A view [O, C, kernel] of the weight or of a tensor of its shape."""
+        value = value.transpose(0, self.filter_axis)
+        return value.flatten(2) if value.dim() > 2 else value.unsqueeze(2)
+
     def gate_mask(self) -> Tensor:
         """bool [O, C]: the (filter, input channel) pairs that are kept."""
         return self.gate_keep[self.gate_group.clamp(min=0)] & (self.gate_group >= 0)[:, None]
+
+    def dropped(self) -> Tensor:
+        """bool, broadcastable to the weight: what the gate makes zero."""
+        mask = ~self.gate_mask().transpose(0, self.filter_axis)
+        return mask.reshape(*mask.shape, *[1] * (self.weight.dim() - 2))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The original model's state_dict has no gate keys: theirs keep their values, so that strict loading works.
         for key in self.GATE_KEYS:
             state_dict.setdefault(prefix + key, getattr(self, key))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class GatedConv1d(GatedLayer, nn.Conv1d):
+    """See GatedLayer."""
+
+
+class GatedConv2d(GatedLayer, nn.Conv2d):
+    """See GatedLayer."""
+
+
+class GatedConv3d(GatedLayer, nn.Conv3d):
+    """See GatedLayer."""
+
+
+class GatedConvTranspose1d(GatedLayer, nn.ConvTranspose1d):
+    """See GatedLayer; the weight is [C, O, kernel]."""
+
+    filter_axis = 1
+
+
+class GatedConvTranspose2d(GatedLayer, nn.ConvTranspose2d):
+    """See GatedLayer; the weight is [C, O, kernel]."""
+
+    filter_axis = 1
+
+
+class GatedConvTranspose3d(GatedLayer, nn.ConvTranspose3d):
+    """See GatedLayer; the weight is [C, O, kernel]."""
+
+    filter_axis = 1
+
+
+class GatedLinear(GatedLayer, nn.Linear):
+    """See GatedLayer; a 1x1 convolution of one position."""
+
+
+GATED: dict[type[nn.Module], type[GatedLayer]] = {
+    nn.Conv1d: GatedConv1d,
+    nn.Conv2d: GatedConv2d,
+    nn.Conv3d: GatedConv3d,
+    nn.ConvTranspose1d: GatedConvTranspose1d,
+    nn.ConvTranspose2d: GatedConvTranspose2d,
+    nn.ConvTranspose3d: GatedConvTranspose3d,
+    nn.Linear: GatedLinear,
+}
+
+
+def _retyped(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """`module` as an instance of `kind`, with its attributes, parameters and buffers (shared, not copied)."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update(module.__dict__)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[registry] = dict(module.__dict__[registry])
+    twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    return twin
 
 
 class GroupConv2d(nn.Module):
@@ -147,13 +226,62 @@ class GroupConv2d(nn.Module):
         return y if self.is_ordered else y.index_select(1, self.order)
 
 
-def _fresh_gates(groups: int, out_channels: int, in_channels: int, device: torch.device) -> dict[str, Tensor]:
-    """Gate buffers that have learned and pruned nothing."""
-    return {
-        "gate_logits": torch.zeros(groups, out_channels, device=device),
-        "gate_group": torch.zeros(out_channels, dtype=torch.int64, device=device),
-        "gate_keep": torch.ones(groups, in_channels, dtype=torch.bool, device=device),
-    }
+class SparseNorm(nn.Module):
+    """A GroupNorm, or a LayerNorm over channels, of which some channels are gone: they were zero, and still count.
+
+    Args:
+        members: the group of each channel that is left.
+        counts: how many channels each group had.
+        axis: 1, input [N, C, ...]; or -1, input [..., C].
+    """
+
+    membership: Tensor
+
+    def __init__(
+        self,
+        members: tuple[int, ...],
+        counts: tuple[int, ...],
+        eps: float = 1e-5,
+        axis: int = 1,
+        affine: bool = True,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.members, self.counts, self.eps, self.axis, self.affine = members, counts, eps, axis, affine
+        one_hot = torch.zeros(len(members), len(counts))
+        one_hot[torch.arange(len(members)), torch.tensor(members, dtype=torch.int64)] = 1
+        self.register_buffer("membership", one_hot, persistent=False)
+        self.weight = nn.Parameter(torch.ones(len(members))) if affine else None
+        self.bias = nn.Parameter(torch.zeros(len(members))) if affine and bias else None
+
+    @classmethod
+    def of(cls, norm: nn.GroupNorm | nn.LayerNorm, kept: list[int], blocks: Tensor) -> SparseNorm:
+        """`norm`, whose weight and bias are cut to the channels `kept` already; `blocks` are all channels' groups."""
+        counts = tuple(torch.bincount(blocks).tolist())
+        axis = 1 if isinstance(norm, nn.GroupNorm) else -1
+        has_weight, has_bias = norm.weight is not None, norm.bias is not None
+        new = cls(tuple(blocks[kept].tolist()), counts, norm.eps, axis, has_weight, has_bias)
+        if has_weight:
+            new.membership = new.membership.to(norm.weight)
+            new.weight, new.bias = norm.weight, norm.bias
+        return new.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # [N, C, positions]; a LayerNorm takes every position by itself
+        y = x.reshape(-1, x.shape[-1], 1) if self.axis == -1 else x.reshape(*x.shape[:2], -1)
+        group = self.membership.to(x.dtype)
+        left = group.sum(0)
+        count = torch.tensor(self.counts, dtype=x.dtype, device=x.device)
+        mean = (y.mean(2) @ group) / count
+        centred = y - (mean @ group.T).unsqueeze(2)
+        # A channel that is gone was zero, so it differs from the mean by the mean.
+        var = (centred.square().mean(2) @ group + (count - left) * mean.square()) / count
+        y = centred * (torch.rsqrt(var + self.eps) @ group.T).unsqueeze(2)
+        if self.weight is not None:
+            y = y * self.weight[:, None]
+        if self.bias is not None:
+            y = y + self.bias[:, None]
+        return y.reshape(x.shape)
 
 
 def _as_slice(channels: tuple[int, ...]) -> tuple[int, int] | None:

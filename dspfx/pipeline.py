@@ -13,10 +13,11 @@ from dspfx.graph.inputs import propagate
 from dspfx.graph.parts import describe_parts, trace_parts
 from dspfx.graph.traced import Network, network_meta, parts_of, settle_eval
 from dspfx.method.importance import Importance, resolve
-from dspfx.modules import GatedConv2d
+from dspfx.modules import GatedLayer
 from dspfx.passes.apply_masks import apply_masks
 from dspfx.passes.fold_batchnorm import fold_batchnorm
 from dspfx.passes.insert_gates import insert_gates
+from dspfx.passes.lift_layers import lift_layers
 from dspfx.passes.lower_convs import lower_convs
 from dspfx.passes.plan_gates import plan_gates
 from dspfx.passes.plan_lower import plan_lower
@@ -48,7 +49,7 @@ def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = D
         ModelError: there is no convolution and no linear layer.
         ConfigError: `config` does not fit the model.
     """
-    if any(isinstance(m, GatedConv2d) for m in model.modules()):
+    if any(isinstance(m, GatedLayer) for m in model.modules()):
         raise ModelError("this model is prepared already; prune it, or prepare the original model.")
     gm = trace_parts(model, example_inputs)
     plan = plan_gates(gm, analyse(gm), config)
@@ -71,7 +72,7 @@ def prune(gm: nn.Module, budget: Budget, importance: str | Importance = "l2", ex
         ModelError: `gm` is not prepared, or holds weights that are not finite.
         BudgetError: the budget is below the floor this network can reach; names the floor. Nothing was changed.
     """
-    if "gate_plan" not in network_meta(gm) or not any(isinstance(m, GatedConv2d) for m in gm.modules()):
+    if "gate_plan" not in network_meta(gm) or not any(isinstance(m, GatedLayer) for m in gm.modules()):
         raise ModelError(f"{type(gm).__name__} has no gated convolution; call gm = dspfx.prepare(model) first.")
     energy = resolve(importance)
     if example_inputs is not None:
@@ -104,6 +105,7 @@ def lower(model: nn.Module, example_inputs: Any = None, *, fold: bool = True, wi
     """
     gm = settle_eval(trace_parts(model, example_inputs))
     remove_gates(gm)
+    lift_layers(gm)
     channels = analyse(gm)
     plan = plan_lower(gm, channels, width_multiple)
     shrink_channels(gm, channels, plan)

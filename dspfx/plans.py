@@ -86,6 +86,18 @@ class GatePlan(Plan):
     layers: tuple[GateSpec, ...]
     skipped: tuple[Skipped, ...]
 
+    def within(self, prefix: str) -> GatePlan:
+        """The same plan for the submodule `prefix` alone, layers named from it; for "", the plan itself."""
+        if not prefix:
+            return self
+        start = f"{prefix}."
+
+        def own(layers: tuple[Any, ...]) -> tuple[Any, ...]:
+            inside = [layer for layer in layers if layer.name.startswith(start)]
+            return tuple(dataclasses.replace(layer, name=layer.name.removeprefix(start)) for layer in inside)
+
+        return GatePlan(self.config, own(self.layers), own(self.skipped))
+
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = [
             (s.name, s.groups, f"{s.out_channels} x {s.in_channels}", s.macs, "") for s in self.layers

@@ -33,7 +33,7 @@ def gradient_at(
                 f"The closure given to GroupLearner.step returned {_describe(loss)}; return the scalar loss of a "
                 "forward pass, with gradients enabled and without calling backward()."
             )
-        weights = [weight for batch in batches for weight in batch.weights]
+        weights = [weight for batch in batches for weight in batch.parameters]
         flat = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True) if weights else ()
     gradients = iter(_averaged(list(flat)))
     return [[next(gradients) for _ in batch.gates] for batch in batches]
@@ -48,7 +48,7 @@ def _describe(loss: object) -> str:
 @contextmanager
 def _moved(batches: list[GateBatch], factors: list[Tensor]) -> Iterator[None]:
     """Weights times factors, then the very weights again. An enclosing autocast must not serve its stale casts."""
-    weights = [weight for batch in batches for weight in batch.weights]
+    weights = [weight for batch in batches for weight in batch.parameters]
     saved = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():

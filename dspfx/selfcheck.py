@@ -15,7 +15,7 @@ from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import materialise
 from dspfx.graph.traced import Network, TracedModule, network_meta, parts_of
-from dspfx.modules import GatedConv2d
+from dspfx.modules import GatedLayer
 from dspfx.passes.apply_masks import apply_masks
 from dspfx.passes.plan_prune import Search
 from dspfx.pipeline import lower, prepare
@@ -84,7 +84,7 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> Selfche
     double = copy.deepcopy(model).double()
     gm = prepare(double, None if example_inputs is None else _as_double(Inputs.of(example_inputs)), config)
     revive(gm)
-    gates = [m for m in gm.modules() if isinstance(m, GatedConv2d)]
+    gates = [m for m in gm.modules() if isinstance(m, GatedLayer)]
     for gate in gates:
         gate.gate_logits.normal_()
     channels = analyse(gm)
@@ -114,8 +114,8 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> Selfche
         if error > TOLERANCE:
             raise MismatchError(
                 f"{type(model).__name__}: the lowered {name or 'network'} differs from the masked one by {error:.2e} "
-                f"of the output's scale, allowed is {TOLERANCE:.0e} in float64. Please report this model; do not use its "
-                f"lowered form."
+                f"of the output's scale, allowed is {TOLERANCE:.0e} in float64. Please report this model; do not use "
+                f"its lowered form."
             )
     floats = [_compare_floats(part, small_part, batches) for part, small_part in pairs.values()]
     float_error, rounding = (max(figures) for figures in zip(*floats, strict=True))

@@ -14,81 +14,85 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.channels import ChannelGraph
+from dspfx.graph.layers import attribute
 from dspfx.graph.liveness import Reads, liveness
-from dspfx.graph.traced import TracedModule, traced_modules
-from dspfx.modules import GatedConv2d
+from dspfx.graph.traced import Model, TracedModule, parts_of, traced_modules
+from dspfx.modules import GatedLayer
 from dspfx.plans import PrunePlan
 
 
-def apply_masks(gm: TracedModule, plan: PrunePlan, channels: ChannelGraph | None = None) -> TracedModule:
-    """Writes the plan into the gates of `gm` and zeroes, in place, what it drops (also in a copy, such as an EMA).
+def apply_masks(model: Model, plan: PrunePlan, channels: ChannelGraph | None = None) -> Model:
+    """Writes the plan into the gates of `model` and zeroes, in place, what it drops (also in a copy, such as an EMA).
 
-    Raises MismatchError, before anything is changed, where the plan does not fit the module.
+    Raises MismatchError, before anything is changed, where the plan does not fit the model.
     """
-    gated = {name: m for name, m in gm.named_modules() if isinstance(m, GatedConv2d)}
+    gated = {name: m for name, m in model.named_modules() if isinstance(m, GatedLayer)}
     for layer in plan.layers:
-        module = gated.get(layer.name)
-        found = module and (module.out_channels, module.in_channels, module.gate_groups)
-        if module is None or found != (layer.out_channels, layer.in_channels, len(layer.groups)):
+        gate = gated.get(layer.name)
+        found = gate and (gate.filters, gate.channels, gate.gate_groups)
+        if gate is None or found != (layer.out_channels, layer.in_channels, len(layer.groups)):
             raise MismatchError(
                 f"the prune plan has {layer.out_channels} x {layer.in_channels} in {len(layer.groups)} groups for "
-                f"{layer.name}, the model {found or 'no gated convolution'}; prepare the model as when the plan was "
-                f"made."
+                f"{layer.name}, the model {found or 'no gate'}; prepare the model as when the plan was made."
             )
     for layer in plan.layers:
-        module = gated[layer.name]
+        gate = gated[layer.name]
         row = torch.full((layer.out_channels,), -1)
         keep = torch.zeros(len(layer.groups), layer.in_channels, dtype=torch.bool)
         for g, group in enumerate(layer.groups):
             row[list(group.filters)] = g
             keep[g, list(group.channels)] = True
-        module.gate_group.copy_(row)
-        module.gate_keep.copy_(keep)
-    gm.meta["masks"] = (_state(gm), find_masks(gm, channels or analyse(gm)))
-    enforce_masks(gm)
-    return gm
+        gate.gate_group.copy_(row)
+        gate.gate_keep.copy_(keep)
+    masks = find_masks(model, channels or analyse(model))
+    for prefix, part in parts_of(model).items():
+        start = f"{prefix}." if prefix else ""
+        own = {name.removeprefix(start): mask for name, mask in masks.items() if name.startswith(start)}
+        part.meta["masks"] = (_state(part), own)
+        enforce_masks(part)
+    return model
 
 
-def find_masks(gm: TracedModule, channels: ChannelGraph) -> dict[str, Tensor]:
-    """Parameter name -> bool mask (broadcastable to it) of what its gates, and liveness from them, make zero."""
-    gated = {name: m for name, m in gm.named_modules() if isinstance(m, GatedConv2d)}
+def find_masks(model: nn.Module, channels: ChannelGraph) -> dict[str, Tensor]:
+    """Tensor name -> bool mask (broadcastable to it) of what its gates, and liveness from them, make zero."""
+    gated = {name: m for name, m in model.named_modules() if isinstance(m, GatedLayer)}
     reads: dict[str, Reads] = {}
     for step in channels.steps:
         if step.kind == "conv":
-            gate = gated.get(step.module)
+            gate = gated.get(step.name)
             if gate is not None and gate.is_pruned:
-                reads[step.module] = Reads(gate.gate_keep.cpu(), gate.gate_group.cpu())
+                reads[step.name] = Reads(gate.gate_keep.cpu(), gate.gate_group.cpu())
             else:
-                reads[step.module] = Reads.dense(len(step.out), len(step.ins[0]))
+                reads[step.name] = Reads.whole(step)
     live = liveness(channels, reads)
     masks: dict[str, Tensor] = {}
     for name, gate in gated.items():
         if gate.is_pruned:
-            masks[f"{name}.weight"] = ~gate.gate_mask().cpu()[:, :, None, None]
+            masks[f"{name}.weight"] = gate.dropped().cpu()
     for step in channels.steps:
-        if step.kind == "map":
+        if step.layer is None:
             continue
-        module = gm.get_submodule(step.module)
         # A conv's output is constant exactly where its filter is dead or reads nothing that varies.
-        dead = live.values[step.ins[0]] == 0 if step.kind == "norm" else ~live.values[step.out].isnan()
-        if isinstance(module, GatedConv2d):
-            dead = dead | (module.gate_group.cpu() < 0)
-        for key in ("weight", "bias") if step.kind == "norm" else ("bias",):
-            if getattr(module, key, None) is not None:
-                name = f"{step.module}.{key}"
+        is_norm = step.kind in ("norm", "coupled")
+        dead = live.values[step.ins[0]] == 0 if is_norm else ~live.values[step.out].isnan()
+        gate = gated.get(step.name)
+        if gate is not None:
+            dead = dead | (gate.gate_group.cpu() < 0)
+        for name in (step.layer.weight, step.layer.bias) if is_norm else (step.layer.bias,):
+            if name:
                 masks[name] = masks.get(name, torch.ones_like(dead)) & dead  # dead in every call
     return {name: dead for name, dead in masks.items() if bool(dead.any())}
 
 
 def enforce_masks(gm: TracedModule, optimizer: Optimizer | None = None) -> None:
-    """Zeroes the masked entries of the parameters of `gm`.
+    """Zeroes the masked entries of the stored tensors of `gm`.
 
     With an optimizer: of the parameters that it owns, and of its state for them (momentum, second moments).
     """
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else None
     masks = _masks(gm)
     for name, dead in masks.items():
-        parameter = gm.get_parameter(name)
+        parameter = attribute(gm, name)
         if owned is not None and id(parameter) not in owned:
             continue
         if dead.device != parameter.device:
@@ -106,7 +110,7 @@ def _state_of(optimizer: Optimizer | None, parameter: nn.Parameter) -> list[Tens
 
 def _state(gm: TracedModule) -> tuple[int, ...]:
     """Changes whenever somebody writes the gates (a plan, a checkpoint)."""
-    gates = [m for m in gm.modules() if isinstance(m, GatedConv2d)]
+    gates = [m for m in gm.modules() if isinstance(m, GatedLayer)]
     return tuple(v for m in gates for v in (id(m.gate_keep), m.gate_keep._version, m.gate_group._version))
 
 
@@ -115,7 +119,7 @@ def _masks(gm: TracedModule) -> dict[str, Tensor]:
     state, masks = gm.meta.get("masks", ((), {}))
     now = _state(gm)
     if state != now:
-        pruned = any(m.is_pruned for m in gm.modules() if isinstance(m, GatedConv2d))
+        pruned = any(m.is_pruned for m in gm.modules() if isinstance(m, GatedLayer))
         masks = find_masks(gm, analyse(gm)) if pruned else {}
         gm.meta["masks"] = (now, masks)
     return masks

@@ -11,16 +11,22 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from dspfx.graph.rules import has_hooks, is_plain
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.layers import has_hooks, is_plain
+from dspfx.graph.traced import Model, TracedModule, parts_of
 from dspfx.modules import replace_module
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def fold_batchnorm(gm: TracedModule) -> TracedModule:
-    """Folds in place; `gm` is in eval mode and stays there (its norms' statistics are gone)."""
+def fold_batchnorm(model: Model) -> Model:
+    """Folds in place; `model` is in eval mode and stays there (its norms' statistics are gone)."""
+    for part in parts_of(model).values():
+        _fold(part)
+    return model
+
+
+def _fold(gm: TracedModule) -> None:
     calls = Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
     for node in list(gm.graph.nodes):
         if node.op != "call_module" or type(gm.get_submodule(str(node.target))) not in _NORMS:
@@ -44,4 +50,3 @@ def fold_batchnorm(gm: TracedModule) -> TracedModule:
         gm.graph.erase_node(node)
         gm.delete_submodule(str(node.target))
     gm.recompile()
-    return gm

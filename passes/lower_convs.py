@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.traced import Model
 from dspfx.modules import GroupConv2d, replace_module
 from dspfx.plans import LowerPlan
 
 
-def lower_convs(gm: TracedModule, plan: LowerPlan) -> TracedModule:
+def lower_convs(model: Model, plan: LowerPlan) -> Model:
     """Replaces in place, in a network already shrunk to the plan."""
     for layer in plan.layers:
         if layer.form != "branches":
             continue
-        conv = gm.get_submodule(layer.name)
+        conv = model.get_submodule(layer.name)
         assert isinstance(conv, nn.Conv2d)
-        for name, module in list(gm.named_modules(remove_duplicate=False)):
+        for name, module in list(model.named_modules(remove_duplicate=False)):
             if module is conv:
-                replace_module(gm, name, GroupConv2d.from_conv(conv, layer.groups))
-    return gm
+                replace_module(model, name, GroupConv2d.from_conv(conv, layer.groups))
+    return model

@@ -2,100 +2,97 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from dspfx.config import GateConfig
 from dspfx.errors import ConfigError, ModelError
-from dspfx.graph.channels import ChannelGraph
+from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.cost import LayerCost, layer_costs
-from dspfx.graph.rules import is_plain
+from dspfx.graph.layers import layer_of
 from dspfx.graph.traced import TracedModule, all_graphs
+from dspfx.modules import GATED
 from dspfx.plans import GatePlan, GateSpec, Skipped
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+UNKNOWN_LAYER = (
+    "it mixes positions instead of channels, its weight is computed, or hooks or a parametrization make it more than "
+    "a layer"
+)
 
-FUNCTIONAL = {F.conv1d, F.conv2d, F.conv3d, F.linear, torch.conv1d, torch.conv2d, torch.conv3d}
 
+def plan_gates(model: nn.Module, channels: ChannelGraph, config: GateConfig) -> GatePlan:
+    """A GatePlan for every convolution and linear layer of `model`; groups are clamped to what a layer can hold.
 
-def plan_gates(gm: TracedModule, channels: ChannelGraph, config: GateConfig) -> GatePlan:
-    """A GatePlan for every convolution and linear layer of `gm`; groups are clamped to what a layer can hold.
-
-    Raises ModelError where the model has no such layer, ConfigError where `config` names an unknown layer or asks
-    for more groups than the widest layer can hold.
+    Raises ModelError where the model has no such layer, ConfigError where `config` names an unknown one.
     """
-    layers = {name: module for name, module in gm.named_modules() if isinstance(module, LAYERS)}
-    functional = any(n.target in FUNCTIONAL for graph in all_graphs(gm) for n in graph.nodes)
-    if not layers and not functional:
+    costs = layer_costs(model)
+    modules = dict(model.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, LAYERS)]
+    layers += [name for name in costs if name not in layers]
+    if not layers:
+        owner = getattr(model, "meta", {}).get("user_class", type(model))
         raise ModelError(
-            f"{gm.meta['user_class'].__name__} has no convolution and no linear layer among its modules: "
-            "there is nothing to prune."
+            f"{owner.__name__} has no convolution and no linear layer among its modules: there is nothing to prune."
         )
     unknown = [name for name in config.skip if name not in layers]
     if unknown:
         raise ConfigError(f"GateConfig.skip names {unknown[0]!r}; the model's layers are {', '.join(layers)}.")
-    costs = layer_costs(gm)
-    steps = {step.module: step for step in channels.steps if step.kind == "conv"}
-    first = _reads_the_input(gm, channels)
+    steps = {step.name: step for step in reversed(channels.steps) if step.kind in ("conv", "depthwise")}
+    first = _reads_the_input(model, channels)
     gated: list[GateSpec] = []
     skipped: list[Skipped] = []
-    widest = 0
     for name in [*costs, *(n for n in layers if n not in costs)]:
-        module, cost = layers[name], costs.get(name)
-        reason = _reason(module, name, cost, name in steps, name in first, config)
-        macs = cost.macs if cost else 0
+        module, cost = modules.get(name), costs.get(name)
+        reason = _reason(module, name, cost, steps.get(name), name in first, config)
         if reason or cost is None:
-            skipped.append(Skipped(name, type(module).__name__, reason, macs))
+            layer = steps[name].layer if name in steps else None
+            kind = layer.kind if layer else type(module).__name__ if module else "function"
+            skipped.append(Skipped(name, kind, reason, cost.macs if cost else 0))
             continue
         holds = min(cost.out_channels, cost.in_channels)
-        widest = max(widest, holds)
-        gated.append(
-            GateSpec(name, min(config.groups, holds), cost.out_channels, cost.in_channels, cost.input_elements, macs)
-        )
-    if gated and config.groups > widest:
-        raise ConfigError(
-            f"GateConfig.groups is {config.groups}, and the widest gated layer holds {widest} (filters and input "
-            f"channels); give at most {widest}."
-        )
+        groups = min(config.groups, holds)
+        gated.append(GateSpec(name, groups, cost.out_channels, cost.in_channels, cost.input_elements, cost.macs))
     return GatePlan(config, tuple(gated), tuple(skipped))
 
 
 def _reason(
-    module: nn.Module, name: str, cost: LayerCost | None, has_step: bool, is_first: bool, config: GateConfig
+    module: nn.Module | None, name: str, cost: LayerCost | None, step: Step | None, is_first: bool, config: GateConfig
 ) -> str:
     """Why a layer gets no gate; empty where it gets one."""
     if cost is None:
         return "it does not run in eval mode"
-    if not isinstance(module, nn.Conv2d):
-        return "only Conv2d layers are gated"
-    if module.groups == module.in_channels and module.groups > 1:
+    if isinstance(module, nn.Linear) and not config.linear:
+        return "linear layers are gated only with GateConfig(linear=True)"
+    if step is not None and step.kind == "depthwise":
         return "it is a depthwise convolution: its filters live and die with their channels"
-    if module.groups > 1:
-        return f"it is a grouped convolution already (groups={module.groups})"
+    if step is not None and step.layer is not None and step.layer.groups > 1:
+        return f"it is a grouped convolution (groups={step.layer.groups}): its groups live and die whole"
     if is_first:
         return "it reads the model's input"
     if name in config.skip:
         return "GateConfig.skip names it"
-    if not is_plain(module, (nn.Conv2d,)):
-        return "its forward, hooks or parametrization make it more than a convolution"
-    if not has_step:
-        return "the channels of its input could not be followed"
+    if step is None or step.layer is None:
+        return UNKNOWN_LAYER
+    if not isinstance(module, tuple(GATED)) or step.layer.weight != f"{name}.weight":
+        return "its weight is a bare parameter, not that of a layer module"
     return ""
 
 
-def _reads_the_input(gm: TracedModule, channels: ChannelGraph) -> set[str]:
+def _reads_the_input(model: nn.Module, channels: ChannelGraph) -> set[str]:
     """Layers whose input is, but for elementwise arithmetic and pooling, the model's own input."""
-    inputs = {node for node in channels.values if node.op == "placeholder"}
     found: set[str] = set()
-    for node in channels.values:
-        if not any(source in inputs for source in node.all_input_nodes):
-            continue
-        is_layer = node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LAYERS)
-        if is_layer:
-            found.add(str(node.target))
-        elif all(source in inputs or not _makes_channels(source) for source in node.all_input_nodes):
-            inputs.add(node)
+    for graph in all_graphs(model) if isinstance(model, TracedModule) else []:
+        inputs: set[fx.Node] = set()
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                inputs.add(node)
+            if not any(source in inputs for source in node.all_input_nodes):
+                continue
+            layer = layer_of(model, node)
+            if layer is not None and layer.family in ("conv", "linear"):
+                found.add(layer.name)
+            elif all(source in inputs or not _makes_channels(source) for source in node.all_input_nodes):
+                inputs.add(node)
     return found
 
 

@@ -14,7 +14,7 @@ from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import Reads, liveness, unique_rows
 from dspfx.graph.simulate import pin_nodes, simulate
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.traced import parts_of
 from dspfx.plans import Group, LoweredLayer, LowerPlan
 
 # Measured on CPUs (batch 1, fp32): below these sizes the gathers and narrow convolutions of branches cost more than
@@ -25,34 +25,36 @@ BRANCH_SHARE = 0.75
 MAX_BRANCHES = 16
 
 
-def plan_lower(gm: TracedModule, channels: ChannelGraph, width_multiple: int = 1) -> LowerPlan:
+def plan_lower(model: nn.Module, channels: ChannelGraph, width_multiple: int = 1) -> LowerPlan:
     """The LowerPlan of a plain network in eval mode; pins in `channels` what turns out not to be removable.
 
     `width_multiple` keeps some dead channels so that each layer's width stays a multiple of it where it can.
     Raises ModelError where a weight is not finite.
     """
-    steps = {step.module: step for step in reversed(channels.steps) if step.kind in ("conv", "depthwise")}
+    steps = {step.name: step for step in reversed(channels.steps) if step.kind in ("conv", "depthwise")}
     reads: dict[str, Reads] = {}
     for name, step in steps.items():
-        weight = gm.get_parameter(f"{name}.weight")
+        weight = step.layer.tensor(model, "weight") if step.layer else None
+        assert weight is not None
         if not bool(weight.isfinite().all()):
             raise ModelError(f"{name}.weight holds NaN or infinity; restore finite weights before lowering.")
         if step.kind == "conv":
-            reads[name] = Reads.of_weight(weight)
-    live = liveness(channels, reads, gm)
+            reads[name] = Reads.of_weight(step, weight)
+    live = liveness(channels, reads, model)
     made = torch.zeros(channels.num_wires, dtype=torch.bool)  # classes that a layer makes: the plan can name them
     for step in steps.values():
         made[channels.root[step.out]] = True
     while True:
         removed = _keep_widths(channels, live.removable(channels) & made[channels.root], width_multiple)
-        broken = simulate(gm, channels, gm.graph, removed).broken
+        parts = parts_of(model).values()
+        broken = [fault for part in parts for fault in simulate(part, channels, part.graph, removed).broken]
         if not broken:
             break
         pin_nodes(channels, broken)
-    costs = layer_costs(gm)
+    costs = layer_costs(model)
     return LowerPlan(
         tuple(
-            _plan_layer(gm, steps[name], reads.get(name), removed, cost)
+            _plan_layer(model, steps[name], reads.get(name), removed, cost)
             for name, cost in costs.items()
             if name in steps
         )
@@ -63,7 +65,7 @@ def _keep_widths(channels: ChannelGraph, removable: Tensor, multiple: int) -> Te
     """`removable` less what keeps every layer at least one channel wide and, if it can be, a multiple of `multiple`."""
     removed = removable.clone()
     for step in channels.steps:
-        if step.kind == "map":
+        if step.layer is None:
             continue
         for wires in (step.out, step.ins[0]):
             gone = removed[wires]
@@ -75,32 +77,26 @@ def _keep_widths(channels: ChannelGraph, removable: Tensor, multiple: int) -> Te
     return removed
 
 
-def _plan_layer(gm: TracedModule, step: Step, read: Reads | None, removed: Tensor, cost: LayerCost) -> LoweredLayer:
+def _plan_layer(model: nn.Module, step: Step, read: Reads | None, removed: Tensor, cost: LayerCost) -> LoweredLayer:
     filters = (~removed[step.out]).nonzero().flatten()
     if read is None:  # depthwise: one channel a filter
         macs = len(filters) * cost.in_channels * cost.macs_per_pair
-        kept = tuple(filters.tolist())
-        return LoweredLayer(step.module, "dense", kept, (), (), cost.macs, macs, macs)
+        return LoweredLayer(step.name, "dense", tuple(filters.tolist()), (), (), cost.macs, macs, macs)
     channels = (~removed[step.ins[0]]).nonzero().flatten()
     pairs = read.pairs()[filters][:, channels]
+    kept = tuple(filters.tolist()), tuple(channels.tolist())
+    left = int(pairs.sum()) * cost.macs_per_pair
+    if step.layer is not None and step.layer.groups > 1:  # whole groups are left
+        run = len(filters) * cost.in_channels * cost.macs_per_pair
+        return LoweredLayer(step.name, "dense", *kept, (), cost.macs, left, run)
     groups = _groups(pairs)
     dense = len(filters) * len(channels) * cost.macs_per_pair
     split = sum(len(g.filters) * len(g.channels) for g in groups) * cost.macs_per_pair
-    module = gm.get_submodule(step.module)
     wide = min(len(filters), len(channels)) >= BRANCH_WIDTH and cost.positions <= BRANCH_POSITIONS
-    is_split = (
-        isinstance(module, nn.Conv2d) and wide and 0 < len(groups) <= MAX_BRANCHES and split <= BRANCH_SHARE * dense
-    )
-    return LoweredLayer(
-        step.module,
-        "branches" if is_split else "dense",
-        tuple(filters.tolist()),
-        tuple(channels.tolist()),
-        groups if is_split else (),
-        cost.macs,
-        int(pairs.sum()) * cost.macs_per_pair,
-        split if is_split else dense,
-    )
+    can_split = isinstance(model.get_submodule(step.name), nn.Conv2d) and wide and 0 < len(groups) <= MAX_BRANCHES
+    if can_split and split <= BRANCH_SHARE * dense:
+        return LoweredLayer(step.name, "branches", *kept, groups, cost.macs, left, split)
+    return LoweredLayer(step.name, "dense", *kept, (), cost.macs, left, dense)
 
 
 def _groups(pairs: Tensor) -> tuple[Group, ...]:

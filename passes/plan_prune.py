@@ -10,17 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspfx.config import Budget
 from dspfx.errors import BudgetError, ModelError
 from dspfx.graph.channels import ChannelGraph, tensors_in
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import Liveness, Reads, liveness
-from dspfx.graph.traced import TracedModule, eval_graph
+from dspfx.graph.traced import eval_graph, parts_of
 from dspfx.method.clustering import cluster_filters
-from dspfx.method.importance import cumulative_share, group_energy
-from dspfx.modules import GatedConv2d
+from dspfx.method.importance import group_energy, unit_share
+from dspfx.modules import GatedLayer
 from dspfx.plans import Group, PrunedLayer, PrunePlan
 
 Energy = Callable[[Tensor], Tensor]
@@ -47,14 +47,14 @@ class _Kept:
     is_connected: bool
 
 
-def plan_prune(gm: TracedModule, channels: ChannelGraph, budget: Budget, energy: Energy) -> PrunePlan:
+def plan_prune(model: nn.Module, channels: ChannelGraph, budget: Budget, energy: Energy) -> PrunePlan:
     """The PrunePlan that drops the fewest structures, least energy first, such that `budget` holds.
 
     `energy` maps a weight [O, C, kh, kw] to energies [O, C]. Layers that are pruned already keep their groups and
     only lose more. Raises BudgetError, naming the floor, where the budget cannot be met, and ModelError where a
     weight or an energy is not finite.
     """
-    search = Search(gm, channels, energy)
+    search = Search(model, channels, energy)
     low, high = 0, search.total  # dropping `high` structures meets the budget, or nothing does
 
     def meets(kept: _Kept) -> bool:
@@ -86,15 +86,22 @@ class Search:
     A state is connected while every output that varies with the input still does.
     """
 
-    def __init__(self, gm: TracedModule, channels: ChannelGraph, energy: Energy) -> None:
-        self.gm, self.channels = gm, channels
-        self.costs = layer_costs(gm)
-        self.gated = {name: m for name, m in gm.named_modules() if isinstance(m, GatedConv2d)}
+    def __init__(self, model: nn.Module, channels: ChannelGraph, energy: Energy) -> None:
+        self.channels = channels
+        self.costs = layer_costs(model)
+        self.gated = {name: m for name, m in model.named_modules() if isinstance(m, GatedLayer)}
         if not self.gated:
-            raise ModelError(f"{gm._get_name()} has no gated convolution; call dspfx.prepare(model) before pruning.")
+            raise ModelError(f"{model._get_name()} has no gated layer; call dspfx.prepare(model) before pruning.")
         by_score = _filter_pruned(self, channels)
+        units = {
+            s.name: [channels.root[w].unique(return_inverse=True)[1] for w in (s.out, s.ins[0])]
+            for s in reversed(channels.steps)
+            if s.name in self.gated and s.kind == "conv"
+        }
         self.layers = [
-            _score(name, m, energy, name in by_score) for name, m in self.gated.items() if name in self.costs
+            _score(name, gate, energy, units[name], by_score.get(name))
+            for name, gate in self.gated.items()
+            if name in self.costs
         ]
         flat = [s.flatten() for layer in self.layers for s in (layer.channel_scores, layer.filter_scores)]
         self.scores = torch.cat(flat) if flat else torch.empty(0)
@@ -102,8 +109,9 @@ class Search:
         self.already_gone = int((self.scores == float("-inf")).sum())
         # A group's best channel scores 1 and stays.
         self.total = int((self.scores < 1).sum()) - self.already_gone
-        self.dense = {s.module: Reads.dense(len(s.out), len(s.ins[0])) for s in channels.steps if s.kind == "conv"}
-        outputs = [channels.values[n] for n in eval_graph(gm).output_node().all_input_nodes]
+        self.dense = {s.name: Reads.whole(s) for s in channels.steps if s.kind == "conv"}
+        ends = [n for part in parts_of(model).values() for n in eval_graph(part).output_node().all_input_nodes]
+        outputs = [channels.values[n] for n in ends]
         wires = torch.cat([torch.empty(0, dtype=torch.int64), *(t.unique() for t in tensors_in(outputs))])
         self.outputs = wires[liveness(channels, self._rows(0)).values[wires].isnan()]
 
@@ -172,8 +180,11 @@ class Search:
         return PrunePlan(tuple(layers), kept.flops, kept.params, kept.gated_flops, beta)
 
 
-def _score(name: str, module: GatedConv2d, energy: Energy, by_filter: bool) -> _Layer:
-    weight = module.weight.detach().cpu()
+def _score(name: str, module: GatedLayer, energy: Energy, units: list[Tensor], free: Tensor | None) -> _Layer:
+    """The layer's structures; `units` number what goes together, of filters and of channels, `free` are the filters
+    that are scored one by one (bool [O])."""
+    weight = module.by_filter(module.weight.detach()).cpu()
+    weight = weight.unflatten(2, module.weight.shape[2:]) if module.weight.dim() > 3 else weight
     pairs = energy(weight)
     if pairs.shape != weight.shape[:2]:
         raise ModelError(
@@ -195,10 +206,11 @@ def _score(name: str, module: GatedConv2d, energy: Energy, by_filter: bool) -> _
     filled = torch.zeros(module.gate_groups, dtype=torch.bool)
     filled[group[group >= 0]] = True
     eligible = module.gate_keep.cpu() & filled[:, None]
-    channel_scores = cumulative_share(group_energy(pairs, group, module.gate_groups), eligible)
+    channel_scores = unit_share(group_energy(pairs, group, module.gate_groups), eligible, units[1])
     filter_scores = torch.where(group >= 0, torch.tensor(1.0).double(), torch.tensor(float("-inf")).double())
-    if by_filter:
-        filter_scores = cumulative_share(pairs.sum(1), group >= 0)
+    if free is not None:
+        scores = unit_share(pairs.sum(1), group >= 0, units[0])
+        filter_scores = torch.where(free | (group < 0), scores, filter_scores)
     return _Layer(name, group, channel_scores, filter_scores)
 
 
@@ -207,31 +219,32 @@ def _is_finite(values: Tensor) -> bool:
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
-def _filter_pruned(search: Search, channels: ChannelGraph) -> set[str]:
-    """Gated convolutions whose filters are scored one by one.
+def _filter_pruned(search: Search, channels: ChannelGraph) -> dict[str, Tensor]:
+    """The filters (bool [O]) of gated layers that are scored one by one, for the layers that have some.
 
-    Elsewhere a filter dies when its only readers, gated convolutions, have dropped it. That cannot happen where the
-    filter is summed with another layer's (a residual stream has too many readers) or is read by an ungated layer.
-    A filter that the network's output or an unknown operation reads is never dropped.
+    Elsewhere a filter dies when its only readers, gated layers, have dropped it. That cannot happen in a layer whose
+    filters are summed with another's (a residual stream has too many readers), are read by an ungated layer, or enter
+    the statistics of a norm over channels. A filter that the output or an unknown operation reads is never dropped.
     """
     makers = torch.zeros(channels.num_wires, dtype=torch.int64)
     ungated = torch.zeros(channels.num_wires, dtype=torch.bool)
     seen: set[str] = set()
     for step in channels.steps:
+        if step.kind == "coupled":
+            ungated[channels.root[step.ins[0]]] = True
         if step.kind != "conv":
             continue
-        if step.module not in seen:
-            seen.add(step.module)
+        if step.name not in seen:
+            seen.add(step.name)
             makers.index_add_(0, channels.root[step.out], torch.ones(len(step.out), dtype=torch.int64))
-        if step.module not in search.gated:
+        if step.name not in search.gated:
             ungated[channels.root[step.ins[0]]] = True
     pinned = channels.pinned()
-    found = set()
+    found = {}
     for step in channels.steps:
-        roots = channels.root[step.out]
-        is_free = step.module in search.gated and not bool(pinned[step.out].any())
-        if is_free and bool((makers[roots] > 1).any() or ungated[roots].any()):
-            found.add(step.module)
+        roots, free = channels.root[step.out], ~pinned[step.out]
+        if step.name in search.gated and bool((free & ((makers[roots] > 1) | ungated[roots])).any()):
+            found[step.name] = free
     return found
 
 
@@ -244,8 +257,8 @@ def _take_out_dead(
     for step in channels.steps:  # a module called twice lives if any of its calls does
         if step.kind in ("conv", "depthwise"):
             out, source = live.needed[step.out], live.values[step.ins[0]] != 0
-            needed[step.module] = needed.get(step.module, torch.zeros_like(out)) | out
-            fed[step.module] = fed.get(step.module, torch.zeros_like(source)) | source
+            needed[step.name] = needed.get(step.name, torch.zeros_like(out)) | out
+            fed[step.name] = fed.get(step.name, torch.zeros_like(source)) | source
     result = {}
     for name, read in reads.items():
         keep = read.keep & fed[name]

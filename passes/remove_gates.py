@@ -1,4 +1,4 @@
-"""Afterwards no gate is left: every `GatedConv2d` is a plain `nn.Conv2d` of the same name, its dropped weights zero.
+"""Afterwards no gate is left: every `GatedLayer` is the plain layer of the same name, its dropped weights zero.
 
 conv1 (GatedConv2d) -> conv1 (Conv2d)
 """
@@ -8,39 +8,29 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dspfx.graph.traced import TracedModule
-from dspfx.modules import GatedConv2d, replace_module
+from dspfx.graph.traced import Model, network_meta, parts_of
+from dspfx.modules import GatedLayer, replace_module
 
 
-def remove_gates(gm: TracedModule) -> TracedModule:
-    """Replaces the gated convolutions of `gm` in place; forgets the gate plan."""
-    plain: dict[nn.Module, nn.Conv2d] = {}
-    for name, module in list(gm.named_modules(remove_duplicate=False)):
-        if not isinstance(module, GatedConv2d):
+def remove_gates(model: Model) -> Model:
+    """Replaces the gated layers in place; forgets the gate plan."""
+    plain: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, GatedLayer):
             continue
         if module not in plain:
             plain[module] = _plain(module)
-        replace_module(gm, name, plain[module])
-    gm.meta.pop("gate_plan", None)
-    gm.meta.pop("masks", None)
-    return gm
+        replace_module(model, name, plain[module])
+    for part in parts_of(model).values():
+        part.meta.pop("gate_plan", None)
+        part.meta.pop("masks", None)
+    network_meta(model).pop("gate_plan", None)
+    return model
 
 
-def _plain(gated: GatedConv2d) -> nn.Conv2d:
-    conv = nn.Conv2d(
-        gated.in_channels,
-        gated.out_channels,
-        gated.kernel_size,  # type: ignore[arg-type]
-        stride=gated.stride,  # type: ignore[arg-type]
-        padding=gated.padding,  # type: ignore[arg-type]
-        dilation=gated.dilation,  # type: ignore[arg-type]
-        bias=gated.bias is not None,
-        padding_mode=gated.padding_mode,
-        device="meta",
-    )
-    conv.weight, conv.bias = gated.weight, gated.bias
+def _plain(gate: GatedLayer) -> nn.Module:
     with torch.no_grad():
-        conv.weight.masked_fill_(~gated.gate_mask()[:, :, None, None], 0)
-        if conv.bias is not None and gated.is_pruned:
-            conv.bias.masked_fill_(gated.gate_group < 0, 0)
-    return conv.train(gated.training)
+        gate.weight.masked_fill_(gate.dropped(), 0)
+        if gate.bias is not None and gate.is_pruned:
+            gate.bias.masked_fill_(gate.gate_group < 0, 0)
+    return gate.ungated()

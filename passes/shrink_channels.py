@@ -8,39 +8,46 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dspfx.errors import MismatchError
-from dspfx.graph.channels import ChannelGraph
+from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.simulate import simulate
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.trace import has_effect
+from dspfx.graph.traced import Model, TracedModule, parts_of
+from dspfx.modules import SparseNorm, replace_module
 from dspfx.plans import LowerPlan
 
 
-def shrink_channels(gm: TracedModule, channels: ChannelGraph, plan: LowerPlan) -> TracedModule:
-    """Slices weights, biases and statistics of `gm` in place and rewrites the literal sizes that follow."""
+def shrink_channels(model: Model, channels: ChannelGraph, plan: LowerPlan) -> Model:
+    """Slices weights, biases and statistics of `model` in place and rewrites the literal sizes that follow.
+
+    Every layer with channels to lose is a module (passes/lift_layers.py).
+    """
     removed = removed_wires(channels, plan)
-    outcome = simulate(gm, channels, gm.graph, removed)
-    if outcome.broken:
-        node, reason = outcome.broken[0]
-        raise MismatchError(f"the lower plan does not fit this network: at {node}, {reason}. Plan it anew.")
-    for node, (target, args, kwargs) in outcome.repairs.items():
-        node.op, node.target, node.args, node.kwargs = "call_function", target, args, kwargs
+    outcomes = {part: simulate(part, channels, part.graph, removed) for part in parts_of(model).values()}
+    for outcome in outcomes.values():
+        if outcome.broken:
+            node, reason = outcome.broken[0]
+            raise MismatchError(f"the lower plan does not fit this network: at {node}, {reason}. Plan it anew.")
+    for part, outcome in outcomes.items():
+        for node, repair in outcome.repairs.items():
+            _rewrite(part, node, *repair)
+        part.graph.eliminate_dead_code(is_impure_node=has_effect)  # what a selection of channels has replaced
+    cuts = _Cuts()
     done: set[str] = set()
     for step in channels.steps:
-        if step.kind == "map" or step.module in done:
-            continue
-        done.add(step.module)
-        module = gm.get_submodule(step.module)
-        out, source = _kept(step.out, removed), _kept(step.ins[0], removed)
-        if step.kind == "norm":
-            _slice_norm(module, out)
-        elif step.kind == "depthwise":
-            _slice_depthwise(module, out)
-        else:
-            _slice_layer(module, out, source)
-    gm.recompile()
-    return gm
+        if step.kind == "param":
+            cuts.cut(model, step.path, {step.axis: _kept(step.out, removed)})
+            owner = model.get_submodule(step.path.rpartition(".")[0])
+            if isinstance(owner, nn.PReLU):
+                owner.num_parameters = owner.weight.numel()
+        elif step.layer is not None and step.name not in done:
+            done.add(step.name)
+            _cut_layer(model, step, cuts, _kept(step.out, removed), _kept(step.ins[0], removed))
+    for part in outcomes:
+        part.recompile()
+    return model
 
 
 def removed_wires(channels: ChannelGraph, plan: LowerPlan) -> Tensor:
@@ -48,9 +55,9 @@ def removed_wires(channels: ChannelGraph, plan: LowerPlan) -> Tensor:
     kept = {layer.name: torch.tensor(layer.filters, dtype=torch.int64) for layer in plan.layers}
     gone = torch.zeros(channels.num_wires, dtype=torch.bool)
     for step in channels.steps:
-        if step.module in kept:
+        if step.name in kept:
             dropped = torch.ones(len(step.out), dtype=torch.bool)
-            dropped[kept[step.module]] = False
+            dropped[kept[step.name]] = False
             gone[channels.root[step.out[dropped]]] = True
     return gone[channels.root]
 
@@ -59,37 +66,68 @@ def _kept(wires: Tensor, removed: Tensor) -> Tensor:
     return (~removed[wires]).nonzero().flatten()
 
 
-def _take(owner: nn.Module, name: str, axis: int, index: Tensor) -> None:
-    value: Any = getattr(owner, name)
-    if value is None:
-        return
-    index = index.to(value.device)
-    if isinstance(value, nn.Parameter):
-        sliced = nn.Parameter(value.detach().index_select(axis, index), requires_grad=value.requires_grad)
-        setattr(owner, name, sliced)
+def _rewrite(gm: TracedModule, node: fx.Node, target: Any, args: Any, kwargs: Any) -> None:
+    """The node computes `target` instead; a tensor among the arguments becomes a buffer."""
+    values = []
+    for value in args:
+        if isinstance(value, Tensor):
+            name = f"{node.name}_channels"
+            gm.register_buffer(name, value.to(next(gm.parameters()).device))
+            with gm.graph.inserting_before(node):
+                value = gm.graph.get_attr(name)
+        values.append(value)
+    if target is not node.target:
+        node.op, node.target = "call_function", target
+    node.args, node.kwargs = tuple(values), kwargs
+
+
+class _Cuts:
+    """Slices stored tensors once each: what was shared stays shared."""
+
+    def __init__(self) -> None:
+        self.done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def cut(self, model: nn.Module, path: str, kept: dict[int, Tensor]) -> None:
+        """Keeps the elements `kept[axis]` along each axis of the tensor at `path` ("" is none)."""
+        if not path:
+            return
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        value: Tensor = getattr(owner, name)
+        if any(new is value for _, new in self.done.values()):
+            return  # by another step that reads the same tensor, with the same channels
+        if id(value) not in self.done:
+            new = value.detach()
+            for axis, index in kept.items():
+                new = new.index_select(axis, index.to(value.device))
+            if isinstance(value, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=value.requires_grad)
+            self.done[id(value)] = value, new
+        setattr(owner, name, self.done[id(value)][1])
+
+
+def _cut_layer(model: nn.Module, step: Step, cuts: _Cuts, out: Tensor, source: Tensor) -> None:
+    layer = step.layer
+    assert layer is not None
+    for path in (layer.bias, layer.mean, layer.var):
+        cuts.cut(model, path, {0: out})
+    if step.kind != "conv" or layer.groups > 1:
+        cuts.cut(model, layer.weight, {0: source if layer.transposed else out})
     else:
-        setattr(owner, name, value.index_select(axis, index))
-
-
-def _slice_norm(module: Any, kept: Tensor) -> None:
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        _take(module, name, 0, kept)
-    module.num_features = len(kept)
-
-
-def _slice_depthwise(module: Any, kept: Tensor) -> None:
-    multiplier = module.out_channels // module.groups
-    _take(module, "weight", 0, kept)
-    _take(module, "bias", 0, kept)
-    module.out_channels = len(kept)
-    module.in_channels = module.groups = len(kept) // multiplier
-
-
-def _slice_layer(module: Any, out: Tensor, source: Tensor) -> None:
-    _take(module, "weight", 0, out)
-    _take(module, "weight", 1, source)
-    _take(module, "bias", 0, out)
-    if isinstance(module, nn.Linear):
+        cuts.cut(model, layer.weight, {0: source, 1: out} if layer.transposed else {0: out, 1: source})
+    module: Any = model.get_submodule(layer.name)
+    if step.kind == "norm":
+        module.num_features = len(out)
+    elif step.kind == "coupled":
+        if len(out) < len(step.out):
+            replace_module(model, layer.name, SparseNorm.of(module, out.tolist(), step.blocks()))
+    elif step.kind == "depthwise":
+        multiplier = module.out_channels // module.groups
+        module.out_channels = len(out)
+        module.in_channels = module.groups = len(out) // multiplier
+    elif layer.family == "linear":
         module.out_features, module.in_features = len(out), len(source)
     else:
+        if layer.groups > 1:
+            module.groups = layer.groups * len(out) // module.out_channels
         module.out_channels, module.in_channels = len(out), len(source)

@@ -18,7 +18,7 @@ from dspfx.errors import ConfigError, DspfxError, MismatchError, ModelError, Sto
 from dspfx.graph.traced import network_meta, set_network_meta
 from dspfx.learner import GroupLearner
 from dspfx.method.clustering import cluster_filters
-from dspfx.modules import GatedConv2d
+from dspfx.modules import GatedConv2d, GatedLayer
 from dspfx.plans import GatePlan, GateSpec
 
 Mode = Literal["fused", "exact"]
@@ -47,7 +47,7 @@ class Net(nn.Module):
         self.head = nn.Linear(16, 4)
         specs = []
         for name, conv in convs.items():
-            setattr(self, name, GatedConv2d.from_conv(conv, config.groups))
+            setattr(self, name, GatedLayer.gate(conv, config.groups))
             specs.append(GateSpec(name, config.groups, conv.out_channels, 8, ELEMENTS[name], 0))
         set_network_meta(self, {"gate_plan": GatePlan(config, tuple(specs), ())})
 
@@ -822,7 +822,7 @@ def test_gates_that_the_plan_does_not_list_are_refused() -> None:
     with pytest.raises(MismatchError) as caught:
         GroupLearner(net, sgd(net), 5)
     assert str(caught.value) == (
-        "The gated convolution 'c' is not in the network's gate plan, which lists 2 layers; prepare the network anew."
+        "The gated layer 'c' is not in the network's gate plan, which lists 2 layers; prepare the network anew."
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dspfx.errors import ConfigError
-from dspfx.modules import GatedConv2d, GroupConv2d, replace_module
+from dspfx.modules import GatedConv2d, GatedLayer, GroupConv2d, replace_module
 from dspfx.plans import Group
 from tests.compare import error, gradients, run, same
 
@@ -41,7 +41,7 @@ def test_gated_is_the_convolution_over_its_own_parameters(options: dict[str, Any
     conv = nn.Conv2d(4, 6, **options).eval()
     conv.weight.requires_grad_(False)
     state = torch.get_rng_state()
-    gated = GatedConv2d.from_conv(conv, 3)
+    gated = GatedLayer.gate(conv, 3)
     assert torch.equal(torch.get_rng_state(), state)
     assert gated.weight is conv.weight
     assert gated.bias is conv.bias
@@ -54,13 +54,13 @@ def test_gated_is_the_convolution_over_its_own_parameters(options: dict[str, Any
 
 
 def test_a_gate_needs_a_dense_convolution() -> None:
-    message = r"GatedConv2d gates dense convolutions only; this one has groups=2\."
+    message = r"only dense convolutions and linear layers are gated; this is a Conv2d with groups=2\."
     with pytest.raises(ConfigError, match=f"^{message}$"):
-        GatedConv2d(4, 4, 3, groups=2)
+        GatedLayer.gate(nn.Conv2d(4, 4, 3, groups=2), 2)
 
 
 def test_the_mask_follows_groups_and_dead_filters() -> None:
-    gated = GatedConv2d(3, 4, 1, gate_groups=2)
+    gated = GatedLayer.gate(nn.Conv2d(3, 4, 1), 2)
     gated.gate_group.copy_(torch.tensor([0, 1, -1, 0]))
     gated.gate_keep.copy_(torch.tensor([[True, False, True], [False, True, False]]))
     assert gated.gate_mask().int().tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 0, 1]]
@@ -70,13 +70,13 @@ def test_the_mask_follows_groups_and_dead_filters() -> None:
 
 
 def test_gates_survive_a_plain_state_dict_and_travel_in_their_own() -> None:
-    gated, conv = GatedConv2d(3, 4, 1, gate_groups=2), nn.Conv2d(3, 4, 1)
+    gated, conv = GatedLayer.gate(nn.Conv2d(3, 4, 1), 2), nn.Conv2d(3, 4, 1)
     gated.gate_logits.normal_()
     logits = gated.gate_logits.clone()
     gated.load_state_dict(conv.state_dict())
     assert torch.equal(gated.gate_logits, logits)
     assert torch.equal(gated.weight, conv.weight)
-    other = GatedConv2d(3, 4, 1, gate_groups=2)
+    other = GatedLayer.gate(nn.Conv2d(3, 4, 1), 2)
     other.load_state_dict(gated.state_dict())
     assert torch.equal(other.gate_logits, logits)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.graph.channels import ChannelGraph, Step
+from dspfx.graph.layers import TENSORS, attribute
 
 Array = npt.NDArray[Any]
 NAN = torch.tensor(float("nan"), dtype=torch.float64)
@@ -35,11 +36,25 @@ class Reads:
         return cls(torch.ones(1, in_channels, dtype=torch.bool), torch.zeros(out_channels, dtype=torch.int64))
 
     @classmethod
-    def of_weight(cls, weight: Tensor) -> Reads:
-        """What the non-zero entries of a weight [O, C, ...] read."""
-        used = ((weight.detach() != 0).flatten(2).any(-1) if weight.dim() > 2 else weight.detach() != 0).cpu()
+    def whole(cls, step: Step) -> Reads:
+        """Every filter of a conv step reads every channel of its group."""
+        groups = step.layer.groups if step.layer else 1
+        if groups == 1:
+            return cls.dense(len(step.out), len(step.ins[0]))
+        block = torch.arange(len(step.ins[0])) // (len(step.ins[0]) // groups)
+        return cls(block[None] == torch.arange(groups)[:, None], step.blocks())
+
+    @classmethod
+    def of_weight(cls, step: Step, weight: Tensor) -> Reads:
+        """What the non-zero entries of a conv step's weight read."""
+        assert step.layer is not None
+        used = (step.layer.by_filter(weight.detach()) != 0).any(-1).cpu()
+        whole = cls.whole(step)
         if bool(used.all()):
-            return cls.dense(*used.shape)
+            return whole
+        if step.layer.groups > 1:
+            wide = torch.zeros(len(step.out), len(step.ins[0]), dtype=torch.bool)
+            used = wide.masked_scatter_(whole.pairs(), used)
         keep, row = unique_rows(used)
         return cls(keep, torch.where(keep[row].any(1), row, -1))
 
@@ -62,17 +77,17 @@ class Liveness:
         return ~kept[channels.root] & ~channels.pinned()
 
 
-def liveness(channels: ChannelGraph, reads: Mapping[str, Reads], gm: nn.Module | None = None) -> Liveness:
+def liveness(channels: ChannelGraph, reads: Mapping[str, Reads], model: nn.Module | None = None) -> Liveness:
     """Values forward, needs backward, once each.
 
-    With `gm` the constants are those of its weights in eval mode, exactly (what lowering may rely on). Without, they
+    With `model` the constants are those of its weights in eval mode, exactly (what lowering may rely on). Without, they
     are those that pruning will make true: the bias and the norm's scale and shift of a dead filter are zero.
     """
     values = NAN.repeat(channels.num_wires)
     values[channels.zero] = 0.0
     tainted = channels.tainted.nonzero().flatten()
     for step in channels.steps:
-        values[step.out] = _forward(step, values, reads, gm)
+        values[step.out] = _forward(step, values, reads, model)
         if len(tainted):
             values[tainted] = NAN
     needed = channels.pinned()
@@ -81,41 +96,65 @@ def liveness(channels: ChannelGraph, reads: Mapping[str, Reads], gm: nn.Module |
     return Liveness(values, needed)
 
 
-def _forward(step: Step, values: Tensor, reads: Mapping[str, Reads], gm: nn.Module | None) -> Tensor:
+def _forward(step: Step, values: Tensor, reads: Mapping[str, Reads], model: nn.Module | None) -> Tensor:
     if step.kind == "map":
         assert step.function is not None
         ins = [values[i] for i in step.ins]
         result = step.function(*ins)
         return torch.where(ins[0].isnan(), NAN, result) if len(ins) == 1 else result
-    module: Any = gm.get_submodule(step.module) if gm is not None else None
+    if step.kind == "param":
+        return NAN.expand(len(step.out)) if model is None else _elements(attribute(model, step.path), step.axis)
     source = values[step.ins[0]]
-    if step.kind == "norm":
-        return torch.where(source == 0, ZERO, NAN) if module is None else _norm_constants(module, source)
+    if step.kind == "merge":
+        return _merged(step.out, source)
+    assert step.layer is not None
+    if step.kind in ("norm", "coupled"):
+        if model is None:
+            # A norm without a shift of its own cannot be told to leave a dead channel zero.
+            stays = step.kind == "norm" or bool(step.layer.weight)
+            return torch.where((source == 0) & torch.tensor(stays), ZERO, NAN)
+        return _norm_constants(step, model, source)
     if step.kind == "conv":
-        read = reads[step.module]
+        read = reads[step.name]
         varies = (read.keep & (source != 0)).any(1)[read.row.clamp(min=0)] & (read.row >= 0)
     else:
         varies = source != 0
-        if module is not None:
-            varies = varies & (module.weight.detach().flatten(1) != 0).any(1).cpu()
-    bias = getattr(module, "bias", None)
+        weight = step.layer.tensor(model, "weight") if model is not None else None
+        if weight is not None:
+            varies = varies & (weight.detach().flatten(1) != 0).any(1).cpu()
+    bias = step.layer.tensor(model, "bias") if model is not None else None
     constant = torch.zeros(len(step.out), dtype=torch.float64) if bias is None else bias.detach().double().cpu()
     return torch.where(varies, NAN, constant)
 
 
-def _norm_constants(module: Any, source: Tensor) -> Tensor:
-    """A batch norm in eval mode on constant channels (NaN in, NaN out, unless its scale is zero)."""
-    zeros, ones = torch.zeros_like(source), torch.ones_like(source)
+def _elements(tensor: Tensor, axis: int) -> Tensor:
+    """float64 [n]: the elements along `axis`, NaN where they differ along another one."""
+    rows = tensor.detach().cpu().movedim(axis, 0).reshape(tensor.shape[axis], -1).double()
+    return torch.where((rows == rows[:, :1]).all(1), rows[:, 0], NAN)
 
-    def read(name: str, default: Tensor) -> Tensor:
-        value = getattr(module, name)
-        return default if value is None else value.detach().double().cpu()
 
-    weight, bias = read("weight", ones), read("bias", zeros)
-    if module.running_mean is None:  # statistics of the batch: a constant channel is its own mean
+def _merged(out: Tensor, source: Tensor) -> Tensor:
+    """The constant that all wires of an `out` wire agree on, NaN where they do not."""
+    _, index = out.unique(return_inverse=True)
+    count = int(index.max()) + 1 if len(index) else 0
+    low = torch.full((count,), float("inf"), dtype=torch.float64).scatter_reduce(0, index, source, "amin")
+    high = torch.full((count,), -float("inf"), dtype=torch.float64).scatter_reduce(0, index, source, "amax")
+    return torch.where(low == high, low, NAN)[index]
+
+
+def _norm_constants(step: Step, model: nn.Module, source: Tensor) -> Tensor:
+    """A norm in eval mode on constant channels (NaN in, NaN out, unless its scale is zero)."""
+    layer = step.layer
+    assert layer is not None
+    found = {key: layer.tensor(model, key) for key in TENSORS}
+    read = {key: value.detach().double().cpu() for key, value in found.items() if value is not None}
+    weight, bias = read.get("weight", torch.ones_like(source)), read.get("bias", torch.zeros_like(source))
+    if step.kind == "coupled":  # its statistics come from all channels of the group
+        return torch.where(weight == 0, bias, NAN)
+    if "mean" not in read:  # statistics of the batch: a constant channel is its own mean
         normal = torch.where(source == 0, ZERO, NAN)
     else:
-        normal = (source - read("running_mean", zeros)) / (read("running_var", ones) + module.eps).sqrt()
+        normal = (source - read["mean"]) / (read["var"] + layer.eps).sqrt()
     return torch.where(weight == 0, bias, normal * weight + bias)
 
 
@@ -127,13 +166,18 @@ def _backward(step: Step, values: Array, needed: Array, reads: Mapping[str, Read
     out = step.out.numpy()
     wanted = needed[out]
     if step.kind == "conv":
-        keep, row = reads[step.module].keep.numpy(), reads[step.module].row.numpy()
+        keep, row = reads[step.name].keep.numpy(), reads[step.name].row.numpy()
         rows = np.zeros(len(keep), dtype=np.bool_)
         rows[row[wanted & (row >= 0)]] = True
         wires = step.ins[0].numpy()
         needed[wires[keep[rows].any(0) & (values[wires] != 0)]] = True
         return
     varies = np.isnan(values[out])
+    if step.kind == "coupled":  # whoever is needed needs every channel that enters its statistics
+        block = step.blocks().numpy()
+        groups = np.zeros(int(block.max(initial=-1)) + 1, dtype=np.bool_)
+        groups[block[wanted & varies]] = True
+        wanted, varies = groups[block], np.ones_like(varies)
     for wires in (tensor.numpy() for tensor in step.ins):
         source = values[wires]
         constant = ~np.isnan(source) & (source != 0)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dspfx.graph.ops import RULES
+
 ZERO = -1  # stands for an element that padding made; it becomes a wire of its own whose value is zero
 
 FUNCTIONS = {
@@ -28,6 +30,9 @@ MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Chan
 
 def is_move(gm: nn.Module, node: fx.Node) -> bool:
     """True for an operation whose output elements are input elements (or zeros that it pads the channels with)."""
+    target = type(gm.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+    if RULES.get(target) == "movement":
+        return True
     if node.op == "call_module":
         return type(gm.get_submodule(str(node.target))) in MODULES
     if node.op == "call_method":

@@ -1,13 +1,46 @@
-"""The operations that dspfx has a rule for, by what they do to channels; movements stand in moves.py."""
+"""The operations that dspfx has a rule for, by what they do to channels; movements stand in moves.py, layers in
+layers.py, and what users add in RULES."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+
+from dspfx.errors import ConfigError
+
+Rule = Literal["elementwise", "channelwise", "movement"]
+_RULES = ("elementwise", "channelwise", "movement")
+RULES: dict[Any, Rule] = {}
+
+
+def register_rule(operation: Callable[..., Any] | str, rule: Rule) -> None:
+    """Tells every later `prepare`, `lower` and `selfcheck` what an operation does to channels (dimension 1).
+
+    Args:
+        operation: a function as it is called in the model, the name of a tensor method, or a module class (whose
+            instances are then not traced into).
+        rule: "elementwise" (each output element comes from the input element at its place, and from nothing else
+            but scalars), "channelwise" (each output channel comes from the input channel at its place, all by the
+            same computation, as in pooling) or "movement" (output elements are input elements at other places, and
+            the operation runs on integer tensors too).
+
+    A rule that does not hold gives wrong networks, as `selfcheck` shows. Raises ConfigError for what is none of these.
+    """
+    is_module = isinstance(operation, type) and issubclass(operation, nn.Module)
+    if not (callable(operation) or isinstance(operation, str)) or (isinstance(operation, type) and not is_module):
+        raise ConfigError(
+            f"register_rule got {operation!r}; give a function, the name of a tensor method or a module class."
+        )
+    if rule not in _RULES:
+        raise ConfigError(f"register_rule got the rule {rule!r}; give one of {', '.join(map(repr, _RULES))}.")
+    RULES[operation] = rule
+
 
 POINTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU,

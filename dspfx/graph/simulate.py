@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dspfx.graph.channels import ChannelGraph, tensors_in
+from dspfx.graph.channels import ChannelGraph, Pin, tensors_in
 from dspfx.graph.moves import channel_pads, is_move, run_move
+from dspfx.graph.select import select_channels
+from dspfx.graph.tracer import expect
 from dspfx.graph.wires import along, delete
 
 LITERAL = "a size written into the model fixes the number of channels here"
@@ -36,29 +38,39 @@ class Outcome:
 def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Tensor) -> Outcome:
     """Runs every movement on tensors without the `removed` wires (bool [wires]), sizes re-evaluated.
 
-    A movement is right exactly where its result is the original result without the removed elements; a pad, split
-    or slice that is not gets its literal sizes rewritten and is tried again.
+    A movement is right exactly where its result is the original result without the removed elements. One that is not
+    gets its literal sizes rewritten, or, at the end of a chain of movements that permutes channels (a channel
+    shuffle), becomes a selection of channels; what lies inside of such a chain may break, since nobody reads it then.
     """
     env: dict[fx.Node, Any] = {}
     outcome = Outcome([], {})
+    skipped: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "output":
             continue
         full = channels.values[node]
         env[node], ragged = _delete_all(full, removed)
-        if ragged:
+        if not tensors_in(full):
+            env[node] = _shape_value(node, env)
+            if node.target is expect and env[node.args[0]] != node.args[1]:
+                outcome.repairs[node] = expect, (node.args[0], env[node.args[0]], node.args[2]), {}
+        elif is_move(gm, node):
+            follows = not ragged and not any(n in skipped for n in node.all_input_nodes)
+            if follows and _agrees(gm, channels, node, (node.target, node.args, node.kwargs), env, env[node]):
+                continue
+            repair = _repair(channels, node, removed, env[node]) if follows else None
+            if repair is not None and not _agrees(gm, channels, node, repair, env, env[node]):
+                repair = None
+            repair = repair or (None if ragged else select_channels(gm, channels, node, removed, skipped))
+            if repair is not None:
+                outcome.repairs[node] = repair
+            elif node.users and all(is_move(gm, user) for user in node.users):
+                skipped.add(node)
+            else:
+                outcome.broken.append((node, RAGGED if ragged else LITERAL))
+        elif ragged:
             outcome.broken.append((node, RAGGED))
             env[node] = full
-        elif not tensors_in(full):
-            env[node] = _shape_value(node, env)
-        elif is_move(gm, node):
-            wanted = env[node]
-            if not _agrees(gm, channels, node, (node.target, node.args, node.kwargs), env, wanted):
-                repair = _repair(channels, node, removed)
-                if repair is not None and _agrees(gm, channels, node, repair, env, wanted):
-                    outcome.repairs[node] = repair
-                else:
-                    outcome.broken.append((node, LITERAL))
         elif any(env[n] != channels.values[n] for n in node.all_input_nodes if not tensors_in(channels.values[n])):
             outcome.broken.append((node, COUNTED))
     return outcome
@@ -77,7 +89,7 @@ def pin_nodes(channels: ChannelGraph, broken: list[tuple[fx.Node, str]]) -> None
     """Pins every channel that the broken nodes move or whose number they read; at least one class a node."""
     for node, reason in broken:
         for wires in tensors_in([channels.values[n] for n in (node, *_tensor_sources(channels, node))]):
-            channels.pin(wires.unique(), node, reason)
+            channels.pin(wires.unique(), Pin.at(node, reason))
 
 
 def _tensor_sources(channels: ChannelGraph, node: fx.Node) -> list[fx.Node]:
@@ -111,7 +123,7 @@ def _same(found: Any, wanted: Any, zero: Tensor) -> bool:
     return False
 
 
-def _repair(channels: ChannelGraph, node: fx.Node, removed: Tensor) -> tuple[Any, Any, Any] | None:
+def _repair(channels: ChannelGraph, node: fx.Node, removed: Tensor, wanted: Any) -> tuple[Any, Any, Any] | None:
     """The node with literal channel counts rewritten for what is left; None where it has none that can follow."""
     whole = channels.values[node]
     source = channels.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
@@ -128,29 +140,39 @@ def _repair(channels: ChannelGraph, node: fx.Node, removed: Tensor) -> tuple[Any
         pads[first] = int((~removed[vector[:left]]).sum())
         pads[first + 1] = int((~removed[vector[len(vector) - right :]]).sum())
         return F.pad, (node.args[0], pads), {}
+    if name in ("view", "reshape", "expand") and isinstance(whole, Tensor) and isinstance(wanted, Tensor):
+        sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        if len(sizes) != whole.dim():
+            return None
+        new = [w if s == f else s for s, f, w in zip(sizes, whole.shape, wanted.shape, strict=True)]
+        return node.target, (node.args[0], *new), {}
     if name in ("chunk", "split") and isinstance(whole, tuple):
         dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-        vectors = [along(part, 1) for part in whole]
-        if dim not in (1, 1 - source.dim()) or any(v is None for v in vectors):
+        vectors = [along(part, dim) for part in whole] if isinstance(dim, int) else [None]
+        if any(v is None for v in vectors):
             return None
-        sizes = [int((~removed[v]).sum()) for v in vectors if v is not None]
-        return torch.split, (node.args[0], sizes), {"dim": 1}
+        return torch.split, (node.args[0], [int((~removed[v]).sum()) for v in vectors if v is not None]), {"dim": dim}
     if node.target is operator.getitem:
-        return _repair_slice(node, along(source, 1), removed)
+        return _repair_slice(node, source, removed)
     return None
 
 
-def _repair_slice(node: fx.Node, vector: Tensor | None, removed: Tensor) -> tuple[Any, Any, Any] | None:
+def _repair_slice(node: fx.Node, source: Tensor, removed: Tensor) -> tuple[Any, Any, Any] | None:
+    """x[:, a:b] with the bounds of what is left."""
     index = node.args[1]
-    if vector is None or not isinstance(index, tuple) or len(index) < 2 or not isinstance(index[1], slice):
+    axis = next((a for a in (1, source.dim() - 1) if along(source, a) is not None), None)
+    if axis is None or not isinstance(index, tuple):
         return None
-    bounds = index[1]
+    place = axis - source.dim() + len(index) if Ellipsis in index else axis
+    bounds = index[place] if 0 <= place < len(index) else None
+    if not isinstance(bounds, slice):
+        return None
     if any(isinstance(v, fx.Node) for v in (bounds.start, bounds.stop, bounds.step)) or bounds.step not in (None, 1):
         return None
-    start, stop, _ = bounds.indices(len(vector))
-    left = ~removed[vector]
+    left = ~removed[along(source, axis)]
+    start, stop, _ = bounds.indices(len(left))
     new = slice(int(left[:start].sum()), int(left[:stop].sum()))
-    return operator.getitem, (node.args[0], (index[0], new, *index[2:])), {}
+    return operator.getitem, (node.args[0], (*index[:place], new, *index[place + 1 :])), {}
 
 
 def _delete_all(value: Any, removed: Tensor) -> tuple[Any, bool]:

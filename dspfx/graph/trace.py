@@ -95,11 +95,11 @@ def _trace_mode(root: nn.Module, inputs: Inputs, training: bool) -> fx.Graph:
             attributes.put_back(module, lambda key, value: key in constants and isinstance(value, Tensor))
         for buffer, value in buffers:  # a batch counter is a real tensor that fake arithmetic still advances
             buffer.copy_(value)
-    graph.eliminate_dead_code(is_impure_node=_has_effect)
+    graph.eliminate_dead_code(is_impure_node=has_effect)
     return graph
 
 
-def _has_effect(node: fx.Node) -> bool:
+def has_effect(node: fx.Node) -> bool:
     """True for what must stay though nobody reads it: modules with state, guards, asserts, in-place operations."""
     if node.op in ("placeholder", "output", "call_module"):
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from torch import fx, nn
 
@@ -18,6 +18,9 @@ traced_modules: weakref.WeakSet[TracedModule] = weakref.WeakSet()
 _NETWORK_META = "_dspfx_meta"
 # A TracedModule, or the user's own class with TracedModules in it: a type that no annotation can name.
 Network: TypeAlias = Any
+
+
+Model = TypeVar("Model", bound=nn.Module)  # traced whole or in parts: a pass returns what it was given
 
 
 class TrainingFlag(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,13 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import Attribute
 
 from dspfx.errors import InputError, TraceError
+from dspfx.graph.layers import BATCH_NORMS, CONVS, INSTANCE_NORMS, TRANSPOSED, attribute, overrides
+from dspfx.graph.ops import RULES
 
 LEAF_TYPES: tuple[type[nn.Module], ...] = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
+    *(*CONVS, *TRANSPOSED, nn.Linear, *BATCH_NORMS, *INSTANCE_NORMS, nn.LayerNorm, nn.GroupNorm),
     nn.MultiheadAttention,
 )
 # Made from sizes alone: torch's own dispatch does not see a proxy among plain integers.
@@ -99,8 +99,13 @@ class ShapeTracer(fx.Tracer):
         self._guarded: set[fx.Node] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Leaves by type, so that subclasses outside torch.nn stay whole, beside everything of torch.nn."""
-        return isinstance(m, LEAF_TYPES) or super().is_leaf_module(m, module_qualified_name)
+        """Leaves by what they compute: layers of a user's class that keep torch's forward, and all of torch.nn.
+
+        A layer with a forward of its own ("same" padding, a norm with its activation) is traced through.
+        """
+        base = next((kind for kind in LEAF_TYPES if isinstance(m, kind)), None)
+        is_layer = base is not None and not overrides(m, base)
+        return is_layer or type(m) in RULES or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ShapeProxy(node, self)
@@ -115,6 +120,7 @@ class ShapeTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        proxy.node.meta["where"] = _user_line()
         value = self._evaluate(proxy.node)
         if value is not _UNKNOWN:
             proxy.node.meta["val"] = value
@@ -209,12 +215,21 @@ class ShapeTracer(fx.Tracer):
         return list(value) if isinstance(value, dict) else super().keys(obj)
 
 
-def attribute(root: nn.Module, path: str) -> Any:
-    """`root.a.b.c` for the path "a.b.c"."""
-    value: Any = root
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+def _user_line() -> tuple[str, int]:
+    """(file, line) of the innermost call outside torch and dspfx: the model's own line; ("", 0) in nn.Sequential."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and is_library(frame.f_code.co_filename):
+        if frame.f_code is fx.Tracer.trace.__code__:
+            return "", 0
+        frame = frame.f_back
+    return (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
+
+
+@cache
+def is_library(filename: str) -> bool:
+    """True for torch's files and for ours, compared by folder: a user's file may live anywhere."""
+    parts = filename.replace("\\", "/").split("/")
+    return "torch" in parts or ("dspfx" in parts and "graph" in parts) or filename.startswith("<")
 
 
 def _text(value: Any) -> str:

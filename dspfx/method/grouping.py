@@ -52,15 +52,15 @@ def layer_scale(
 
 
 def kernel_energy(weight: Tensor) -> Tensor:
-    """w2 [O, C] of a weight [O, C, kh, kw] of any kernel size; half precision is summed in float32."""
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=(2, 3), dtype=compute_dtype(weight))
+    """w2 [O, C] of a weight [O, C, *kernel]; half precision is summed in float32."""
+    norm: Tensor = torch.linalg.vector_norm(weight.flatten(2), dim=2, dtype=compute_dtype(weight))
     return norm.square()
 
 
 def kernel_products(weight: Tensor, gradient: Tensor) -> Tensor:
-    """wg [O, C], the inner products of the kernels of two tensors [O, C, kh, kw]; half precision in float32."""
+    """wg [O, C], the inner products of the kernels of two tensors [O, C, *kernel]; half precision in float32."""
     dtype = compute_dtype(weight)
-    return (weight.to(dtype) * gradient.to(dtype)).sum(dim=(2, 3))
+    return (weight.to(dtype) * gradient.to(dtype)).flatten(2).sum(dim=2)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

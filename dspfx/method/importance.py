@@ -46,3 +46,18 @@ def cumulative_share(energy: Tensor, eligible: Tensor) -> Tensor:
     share[..., -1] = 1.0
     scores = torch.empty_like(share).scatter_(-1, order, share)
     return torch.where(eligible, scores, torch.full_like(scores, float("-inf")))
+
+
+def unit_share(energy: Tensor, eligible: Tensor, unit: Tensor) -> Tensor:
+    """`cumulative_share` of whole units: entries [..., C] of one `unit` (int64 [C], 0, 1, ...) go together.
+
+    A unit's energy is its entries' sum, its score is that of each of its eligible entries.
+    """
+    count = int(unit.max()) + 1 if len(unit) else 0
+    if count == len(unit):
+        return cumulative_share(energy, eligible)
+    shape = (*energy.shape[:-1], count)
+    total = energy.new_zeros(shape).index_add_(-1, unit, torch.where(eligible, energy, torch.zeros_like(energy)))
+    usable = energy.new_zeros(shape).index_add_(-1, unit, eligible.to(energy.dtype)) > 0
+    scores = cumulative_share(total, usable)[..., unit]
+    return torch.where(eligible, scores, torch.full_like(scores, float("-inf")))

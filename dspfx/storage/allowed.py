@@ -20,7 +20,7 @@ from torchvision.models.convnext import LayerNorm2d
 from dspfx.graph import moves, ops
 from dspfx.graph.traced import TrainingFlag
 from dspfx.graph.tracer import expect
-from dspfx.modules import GroupConv2d
+from dspfx.modules import GroupConv2d, SparseNorm
 
 _NAMESPACES: dict[str, Any] = {
     "operator": operator,
@@ -90,6 +90,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     **{f"torch.nn.{layer.__name__}": layer for layer in _LAYERS},
     "torchvision.LayerNorm2d": LayerNorm2d,
     "dspfx.GroupConv2d": GroupConv2d,
+    "dspfx.SparseNorm": SparseNorm,
     "dspfx.TrainingFlag": TrainingFlag,
 }
 FUNCTION_NAMES: dict[Callable[..., Any], str] = {function: name for name, function in reversed(FUNCTIONS.items())}

@@ -16,7 +16,7 @@ from tests.zoo import ZOO
 
 def graph_of(model: nn.Module, size: int = 8) -> tuple[ChannelGraph, dict[str, Step]]:
     channels = analyse(trace(model, torch.zeros(2, 3, size, size)))
-    return channels, {step.module: step for step in reversed(channels.steps) if step.module}
+    return channels, {step.name: step for step in reversed(channels.steps) if step.name}
 
 
 def classes(channels: ChannelGraph, wires: Tensor) -> list[int]:
@@ -99,7 +99,7 @@ class Held(nn.Module):
         super().__init__()
         self.how = how
         self.stem, self.tail = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
-        self.grouped, self.norm = nn.Conv2d(6, 6, 1, groups=2), nn.GroupNorm(2, 6)
+        self.norm = nn.LocalResponseNorm(3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -107,12 +107,8 @@ class Held(nn.Module):
             x = torch.cumsum(x, 1)
         elif self.how == "module":
             x = self.norm(x)
-        elif self.how == "grouped":
-            x = self.grouped(x)
-        elif self.how == "literal":
-            x = x.view(-1, 6, x.shape[2], x.shape[3])
         elif self.how == "ragged":
-            x = x.view(x.shape[0], 2, 3, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+            x = F.relu(x.unflatten(1, (2, 3))).flatten(1, 2)
         elif self.how == "counted":
             x = x * (x.shape[1] + 1)
         elif self.how == "broadcast":
@@ -124,9 +120,7 @@ class Held(nn.Module):
     ("how", "reason"),
     [
         ("unknown", "no rule knows what cumsum() does to channels"),
-        ("module", "no rule knows what GroupNorm (norm) does to channels"),
-        ("grouped", "grouped is a grouped convolution (groups=2), which is kept as it is"),
-        ("literal", LITERAL),
+        ("module", "no rule knows what LocalResponseNorm (norm) does to channels"),
         ("counted", COUNTED),
     ],
 )

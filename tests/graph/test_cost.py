@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 NOT_COMPARED = {
     "conv_options",  # fvcore has no count for convolutions with padding="same"
     "single_conv",  # the network is itself the layer, and traced as a function
+    "functional_layers",  # whose layers are no modules; test_functional_layers_cost_what_modules_do
 }
 
 
@@ -54,7 +56,7 @@ def test_costs_are_the_arithmetic_of_the_layers() -> None:
         "dilated": LayerCost(8, 8, 2 * 9 * small, 9, 8 * small, small),
         "grouped": LayerCost(16, 8 // 4, small, 1, 8 * small, small),
         "depthwise": LayerCost(32, 1, 3 * small, 3, 16 * small, small),
-        "transposed": LayerCost(1, 32 * (6 // 2), 4 * small, 4, 32 * small, small),
+        "transposed": LayerCost(6, 32 // 2, 4 * small, 4, 32 * small, small),
         "linear": LayerCost(5, 6, large, 1, 6 * large, large),
     }
     assert found["dilated"].macs == 2 * 8 * 8 * 9 * small
@@ -92,3 +94,19 @@ def test_the_zoo_costs_what_fvcore_counts(name: str) -> None:
     model, inputs = ZOO[name].build(), ZOO[name].inputs(batch=1)
     found = {layer: cost.macs for layer, cost in layer_costs(trace(model, inputs)).items()}
     assert found == fvcore_counts(model, inputs)
+
+
+class Bare(nn.Module):
+    """A convolution and a linear layer over bare parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.matrix = nn.Parameter(torch.randn(6, 2, 3, 3)), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.conv2d(x, self.kernel, padding=1, groups=2).mean((2, 3)), self.matrix)
+
+
+def test_functional_layers_cost_what_modules_do() -> None:
+    found = layer_costs(trace(Bare(), torch.zeros(2, 4, 5, 7)))
+    assert found == {"kernel": LayerCost(6, 2, 9 * 35, 9, 4 * 35, 35), "matrix": LayerCost(5, 6, 1, 1, 6, 1)}

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from dspfx.graph.analyse import analyse
 from dspfx.graph.channels import ChannelGraph, Step
+from dspfx.graph.layers import Layer
 from dspfx.graph.liveness import Liveness, Reads, liveness, unique_rows
 from dspfx.graph.trace import trace
 from dspfx.graph.traced import TracedModule
@@ -46,11 +47,14 @@ def sparse(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def read_of(gm: nn.Module, step: Step) -> Reads:
+    return Reads.of_weight(step, gm.get_parameter(f"{step.name}.weight"))
+
+
 def understand(model: nn.Module, *inputs: Tensor) -> tuple[TracedModule, ChannelGraph, Liveness]:
     gm = trace(model, inputs)
     channels = analyse(gm)
-    names = {step.module for step in channels.steps if step.kind == "conv"}
-    reads = {name: Reads.of_weight(gm.get_parameter(f"{name}.weight")) for name in names}
+    reads = {step.name: read_of(gm, step) for step in channels.steps if step.kind == "conv"}
     return gm, channels, liveness(channels, reads, gm)
 
 
@@ -199,11 +203,11 @@ def test_a_dead_filter_is_zero_when_pruning_and_its_bias_when_lowering() -> None
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)).eval()
     gm = trace(model, torch.zeros(1, 3, 4, 4))
     channels = analyse(gm)
-    steps = {step.module: step for step in channels.steps if step.module}
+    steps = {step.name: step for step in channels.steps if step.name}
     with torch.no_grad():
         gm.get_parameter("0.weight")[1] = 0
         gm.get_parameter("0.bias")[:] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    reads = {name: Reads.of_weight(gm.get_parameter(f"{name}.weight")) for name in ("0", "2", "4")}
+    reads = {name: read_of(gm, steps[name]) for name in ("0", "2", "4")}
     exact, planned = liveness(channels, reads, gm), liveness(channels, reads)
     assert float(exact.values[steps["0"].out[1]]) == 2.0
     assert float(planned.values[steps["0"].out[1]]) == 0.0
@@ -219,7 +223,9 @@ def test_rows_are_told_apart() -> None:
     assert torch.equal(keep[row], matrix)
     assert len({tuple(r) for r in matrix.tolist()}) == len(keep)
     assert row.unique_consecutive()[0] == 0
-    read = Reads.of_weight(matrix.double()[:, :, None, None])
+    layer = Layer("one", "Conv2d", "conv")
+    step = Step("conv", fx.Graph().placeholder("x"), torch.arange(len(matrix)), (torch.arange(9),), layer)
+    read = Reads.of_weight(step, matrix.double()[:, :, None, None])
     assert torch.equal(read.pairs(), matrix)
     assert (read.row == -1).tolist() == (~matrix.any(1)).tolist()
     assert copy.copy(Reads.dense(3, 2)).pairs().all()

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dspfx.graph.analyse import analyse
-from dspfx.graph.channels import Builder, ChannelGraph
+from dspfx.graph.builder import Builder
+from dspfx.graph.channels import ChannelGraph
 from dspfx.graph.rules import apply_rule
 from dspfx.graph.simulate import LITERAL, RAGGED, Outcome, pin_nodes, simulate
 from dspfx.graph.trace import trace
@@ -32,6 +33,9 @@ class Moves(nn.Module):
             "computed": x.view(n, c, h * w),
             "literal": x.view(n, 6, h * w),
             "pairs": x.view(n, 2, 3, h, w),
+            "unflatten": x.unflatten(1, (2, 3)),
+            "shuffle": x.view(n, 2, 3, h, w).transpose(1, 2).reshape(n, 6, h, w),
+            "mirror": x.view(n, 2, 3, h, w).transpose(1, 2).reshape(n, 6, h, w).flip(3),
             "chunk": x.chunk(3, 1),
             "split": x.split([1, 5], dim=1),
             "slice": x[:, 2:],
@@ -50,7 +54,7 @@ def unpinned(kind: str) -> tuple[TracedModule, ChannelGraph, Tensor]:
     for node in gm.graph.nodes:
         builder.graph.values[node] = apply_rule(builder, node)
     channels = builder.finish()
-    (step,) = (step for step in channels.steps if step.module == "conv")
+    (step,) = (step for step in channels.steps if step.name == "conv")
     return gm, channels, step.out
 
 
@@ -79,13 +83,15 @@ def test_what_follows_by_itself(kind: str) -> None:
         ("split", (0,), [0, 5]),
         ("split", (2, 3), [1, 3]),
         ("slice", (1,), slice(1, 5)),
+        ("literal", (1,), 5),
     ],
 )
 def test_literals_that_are_rewritten(kind: str, gone: tuple[int, ...], literal: object) -> None:
     outcome, _, _ = removing(kind, *gone)
     assert broken(outcome) == []
     ((_, args, _),) = outcome.repairs.values()
-    assert (args[1][1] if isinstance(args[1], tuple) else args[1]) == literal
+    given = args[2] if isinstance(args[1], fx.Node) else args[1]
+    assert (given[1] if isinstance(given, tuple) else given) == literal
 
 
 def test_a_slice_that_still_fits_is_left() -> None:
@@ -96,14 +102,14 @@ def test_a_slice_that_still_fits_is_left() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "gone", "reason"),
-    [("literal", (1,), LITERAL), ("step", (1,), LITERAL), ("pairs", (1,), RAGGED), ("pairs", (1, 4), LITERAL)],
+    [("pairs", (1,), RAGGED), ("unflatten", (1, 4), LITERAL)],
 )
 def test_what_breaks_is_named_and_can_be_held(kind: str, gone: tuple[int, ...], reason: str) -> None:
     outcome, gm, channels = removing(kind, *gone)
     assert reason in broken(outcome)
     node: fx.Node = outcome.broken[0][0]
     pin_nodes(channels, outcome.broken)
-    (step,) = (step for step in channels.steps if step.module == "conv")
+    (step,) = (step for step in channels.steps if step.name == "conv")
     assert channels.pinned()[step.out[list(gone)]].all()
     # The class may be held by being an output already; then its first reason stays.
     assert node in set(gm.graph.nodes)
@@ -111,8 +117,30 @@ def test_what_breaks_is_named_and_can_be_held(kind: str, gone: tuple[int, ...], 
 
 def test_rolling_needs_the_count_it_was_written_for() -> None:
     """Rolling six channels by two is another order than rolling five by two."""
-    assert broken(removing("roll", 5)[0]) == [LITERAL]
+    outcome = removing("roll", 5)[0]
+    assert broken(outcome) == []
+    ((target, args, _),) = outcome.repairs.values()
+    assert (target, args[2].tolist()) == (torch.index_select, [4, 0, 1, 2, 3])
     assert broken(removing("roll", 3)[0]) == []  # 0 1 2 4 5 -> 4 5 0 1 2 is right all the same
+
+
+def test_a_chain_that_permutes_channels_becomes_a_selection() -> None:
+    """0 3 1 4 2 5 without 1 is 0 3 4 2 5, which are places 0 2 3 1 4 of what is left."""
+    outcome, _, _ = removing("shuffle", 1)
+    assert broken(outcome) == []
+    ((node, (target, args, _)),) = outcome.repairs.items()
+    assert (node.target, target, args[0].name, args[1]) == ("reshape", torch.index_select, "conv", 1)
+    assert args[2].tolist() == [0, 2, 3, 1, 4]
+    outcome, _, _ = removing("step", 1)
+    ((target, args, _),) = [repair for repair in outcome.repairs.values() if repair[0] is torch.index_select]
+    assert args[2].tolist() == [0, 1, 3]
+
+
+def test_a_chain_that_moves_pixels_too_is_no_selection_of_its_source() -> None:
+    """The flip stays; the shuffle before it is what becomes a selection."""
+    outcome, _, _ = removing("mirror", 1)
+    assert broken(outcome) == []
+    assert [node.target for node in outcome.repairs] == ["reshape"]
 
 
 @pytest.mark.parametrize("name", ZOO)

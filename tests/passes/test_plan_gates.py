@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.nn.utils.parametrizations as parametrizations
 from torch import Tensor, nn
 
 from dspfx.config import GateConfig
 from dspfx.graph.traced import TracedModule
+from dspfx.passes.plan_gates import UNKNOWN_LAYER
 from dspfx.pipeline import prepare
 from dspfx.plans import GatePlan, GateSpec
 from tests.zoo import ZOO
 
 
 class Odd(nn.Conv2d):
-    """A convolution that does more."""
+    """A convolution with a forward of its own, which is traced into."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2
@@ -39,10 +41,12 @@ class Everything(nn.Module):
         self.auxiliary = nn.Conv2d(6, 4, 1)
         self.unused = nn.Conv2d(6, 4, 1)
         self.linear = nn.Linear(6, 5)
+        self.bare = nn.Parameter(torch.randn(12, 12, 1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.grouped(self.depthwise(self.gated(self.first(x))))
         x = self.chosen(self.hooked(self.normed(self.odd(x))))
+        x = F.conv2d(x, self.bare)
         x = self.lost(x.transpose(1, 3).contiguous().view(x.shape).clone())
         out = self.linear(x.mean((2, 3)))
         return (out, self.auxiliary(x)) if self.training else (out,)
@@ -55,19 +59,22 @@ def plan_of(gm: TracedModule) -> GatePlan:
 def test_every_layer_is_listed_with_its_reason() -> None:
     plan = plan_of(prepare(Everything(), torch.zeros(2, 3, 24, 24), GateConfig(groups=2, skip=("chosen",))))
     pixels = 12 * 12
-    assert plan.layers == (GateSpec("gated", 2, 12, 8, 8 * 24 * 24, 12 * 8 * 9 * pixels),)
+    assert plan.layers == (
+        GateSpec("gated", 2, 12, 8, 8 * 24 * 24, 12 * 8 * 9 * pixels),
+        GateSpec("odd", 2, 12, 12, 12 * pixels, 12 * 12 * pixels),
+    )
     assert {s.name: s.reason for s in plan.skipped} == {
         "first": "it reads the model's input",
         "depthwise": "it is a depthwise convolution: its filters live and die with their channels",
-        "grouped": "it is a grouped convolution already (groups=3)",
-        "odd": "its forward, hooks or parametrization make it more than a convolution",
-        "normed": "its forward, hooks or parametrization make it more than a convolution",
-        "hooked": "its forward, hooks or parametrization make it more than a convolution",
+        "grouped": "it is a grouped convolution (groups=3): its groups live and die whole",
+        "normed": UNKNOWN_LAYER,
+        "hooked": UNKNOWN_LAYER,
+        "lost": UNKNOWN_LAYER,
+        "bare": "its weight is a bare parameter, not that of a layer module",
         "chosen": "GateConfig.skip names it",
-        "lost": "the channels of its input could not be followed",
         "auxiliary": "it does not run in eval mode",
         "unused": "it does not run in eval mode",
-        "linear": "only Conv2d layers are gated",
+        "linear": "linear layers are gated only with GateConfig(linear=True)",
     }
     macs = {s.name: s.macs for s in plan.skipped}
     assert macs["first"] == 8 * 3 * 9 * 24 * 24
