@@ -382,9 +382,9 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
 def test_newer_versions_and_other_kinds_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a"
     dspfx.save(dspfx.lower(prepared()), path)
-    rewrite(path, dspfx="2")
+    rewrite(path, dspfx="3")
     with fails(
-        f"{path} was written in format 2 by a newer dspfx, this one reads up to format 1; upgrade dspfx: pip install "
+        f"{path} was written in format 3 by a newer dspfx, this one reads up to format 2; upgrade dspfx: pip install "
         "--upgrade dspfx."
     ):
         dspfx.load(path)

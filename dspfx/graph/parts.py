@@ -86,6 +86,10 @@ def put_parts(model: nn.Module, parts: Mapping[str, Inputs]) -> nn.Module:
         child = submodule(root, name)
         described, _ = try_inputs(child, inputs)
         replace_everywhere(root, child, trace_shared(child, described))
+    if set(parts_of(root)) != set(parts):
+        raise TraceError(
+            f"{type(model).__name__} has room for the parts {sorted(parts_of(root))}, not {sorted(parts)}."
+        )
     set_network_meta(root, {"user_class": type(model), "untraced": {}})
     return root
 
