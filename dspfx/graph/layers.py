@@ -125,6 +125,8 @@ def _of_call(part: nn.Module, node: fx.Node, prefix: str, names: tuple[str, ...]
         paths[key] = prefix + str(source.target)
     kind = f"F.{node.target.__name__}"  # type: ignore[union-attr]
     name = (paths.get("weight") or paths.get("mean") or prefix + node.name).removesuffix(".weight")
+    if node.graph.find_nodes(op="call_module", target=name.removeprefix(prefix)):  # a second use of a layer's weight
+        name = prefix + node.name
     groups, eps = given.get("groups", 1), given.get("eps", 1e-5)
     steered = {"input", *TENSORS, "training", "use_input_stats", "momentum"}
     literals = [value for key, value in given.items() if key not in steered]
@@ -143,7 +145,9 @@ def _of_call(part: nn.Module, node: fx.Node, prefix: str, names: tuple[str, ...]
         return None
     if node.target is F.linear:
         return Layer(name, kind, "linear", **paths, axis=-1)
-    return Layer(name, kind, "conv", **paths, groups=groups, transposed="output_padding" in names)
+    if "output_padding" in names:
+        return Layer(f"{name}_transposed", kind, "conv", **paths, groups=groups, transposed=True)
+    return Layer(name, kind, "conv", **paths, groups=groups)
 
 
 def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:

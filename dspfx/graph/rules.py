@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dspfx.graph.aliases import is_read_later, overwrites
 from dspfx.graph.builder import Builder
 from dspfx.graph.channels import Step, module_of, tensors_in
 from dspfx.graph.elementwise import binary, elementwise, prelu, same_value
@@ -56,7 +57,7 @@ def apply_rule(b: Builder, node: fx.Node) -> Any:
         b.taint(tensors_in([args, kwargs]))
         what = f"no rule knows what {describe(b.part, node)} does to channels"
         return b.opaque(node, [args, kwargs], what, remedy(b.part, node))
-    if _overwrites(b, node) and _read_later(b, node):
+    if overwrites(b.part, node) and is_read_later(b.part, node):
         b.taint(tensors_in([args, known]))
         reason = "a tensor is changed in place and read again later"
         return b.opaque(node, [args, kwargs, known], reason, "Write that line without changing its input in place.")
@@ -91,6 +92,8 @@ def describe(gm: nn.Module, node: fx.Node) -> str:
 
 def _known(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
     """The rule's result, or None where there is no rule or the operation falls outside what its rule covers."""
+    if node.kwargs.get("out") is not None:
+        return None
     target: Any = node.target
     rule = RULES.get(type(module_of(b.part, node)) if node.op == "call_module" else target)
     if rule is not None and rule != "movement":
@@ -117,7 +120,7 @@ def _known(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if target in REDUCTIONS:
         return _reduction(b, node, args, kwargs)
     if target is F.pad and isinstance(args[0], Tensor):
-        return _channelwise(b, node, args[0], only_zero)
+        return _channelwise(b, node, args[0], only_zero if _pads_zeros(node) else unknown)
     if target is F.prelu:
         weight: Any = arguments(node, ("input", "weight"))["weight"]
         return prelu(b, node, args[0], str(weight.target)) if stored(b.part, weight) is not None else None
@@ -200,19 +203,7 @@ def _pads(node: fx.Node) -> bool:
     return "adaptive" not in getattr(node.target, "__name__", "") and node.target is not F.interpolate
 
 
-def _overwrites(b: Builder, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(module_of(b.part, node), "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") or name in ("iadd", "isub", "imul") or node.kwargs.get("inplace") is True
-
-
-def _read_later(b: Builder, node: fx.Node) -> bool:
-    """True where the overwritten tensor, or one it may be a view of, has a reader after this node."""
-    source = node.args[0]
-    position = {other: i for i, other in enumerate(node.graph.nodes)}
-    while isinstance(source, fx.Node):
-        if any(position[user] > position[node] for user in source.users):
-            return True
-        source = source.args[0] if is_move(b.part, source) and source.args else None
-    return False
+def _pads_zeros(node: fx.Node) -> bool:
+    """Of F.pad: what it puts around a channel of zeros is zero, too."""
+    given = arguments(node, ("input", "pad", "mode", "value"))
+    return given.get("mode", "constant") != "constant" or given.get("value") in (None, 0)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
 from dspfx.errors import DspfxError, TraceError
+from dspfx.graph.aliases import overwrites
 from dspfx.graph.inputs import (
     Attributes,
     check_run,
@@ -103,8 +104,7 @@ def has_effect(node: fx.Node) -> bool:
     """True for what must stay though nobody reads it: modules with state, guards, asserts, in-place operations."""
     if node.op in ("placeholder", "output", "call_module"):
         return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("expect", "_assert", "setitem") or name.endswith("_")
+    return getattr(node.target, "__name__", "") in ("expect", "_assert") or overwrites(None, node)
 
 
 def _own_constants(root: nn.Module, graphs: Any) -> None:

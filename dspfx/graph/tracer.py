@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -71,6 +72,9 @@ class ShapeProxy(fx.Proxy):
             return len(value)
         raise TraceError(f"len() of {self.node} is asked while tracing, and no example value is known for it.")
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
     def __index__(self) -> int:
         return self.tracer.concrete(self, int)
 
@@ -79,6 +83,23 @@ class ShapeProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.concrete(self, (int, float)))
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[ShapeProxy, Any], Any]:
+    def method(self: ShapeProxy, other: Any) -> Any:
+        if not isinstance(self._value, Tensor):
+            return NotImplemented  # Python then computes the number anew
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+_IN_PLACE = {
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+}
+for _function in _IN_PLACE:
+    setattr(ShapeProxy, f"__{_function.__name__}__", _in_place(_function))
 
 
 class ShapeTracer(fx.Tracer):
@@ -144,11 +165,29 @@ class ShapeTracer(fx.Tracer):
         return value
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        graph = super().trace(root, concrete_args)
+        assign = nn.Module.__setattr__
+        nn.Module.__setattr__ = self._assigned(assign)  # type: ignore[method-assign,assignment]
+        try:
+            graph = super().trace(root, concrete_args)
+        finally:
+            nn.Module.__setattr__ = assign  # type: ignore[method-assign]
         for node in graph.nodes:
             if node.target in _FACTORIES:
                 node.meta.pop("is_wrapped", None)  # else the generated code would wrap torch's functions for good
         return graph
+
+    def _assigned(self, assign: Callable[..., None]) -> Callable[[nn.Module, str, Any], None]:
+        """Module.__setattr__ while tracing: what a forward assigns to a buffer is copied into it."""
+
+        def setattr_(module: nn.Module, name: str, value: Any) -> None:
+            held = module._buffers.get(name) if "_buffers" in module.__dict__ else None
+            if held is None or not isinstance(value, fx.Proxy):
+                return assign(module, name, value)
+            buffer = getattr(module, name)  # a proxy, as everywhere in the model's forward
+            if value.node.target not in _IN_PLACE or str(value.node.args[0].target) != str(buffer.node.target):
+                self.create_proxy("call_method", "copy_", (buffer, value), {})
+
+        return setattr_
 
     def _evaluate(self, node: fx.Node) -> Any:
         """The node's value on the fake example inputs; _UNKNOWN where it depends on data."""
