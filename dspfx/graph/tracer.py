@@ -184,7 +184,8 @@ class ShapeTracer(fx.Tracer):
             if held is None or not isinstance(value, fx.Proxy):
                 return assign(module, name, value)
             buffer = getattr(module, name)  # a proxy, as everywhere in the model's forward
-            if value.node.target not in _IN_PLACE or str(value.node.args[0].target) != str(buffer.node.target):
+            source: Any = value.node.args[0] if value.node.target in _IN_PLACE else None
+            if source is None or source.target != buffer.node.target:
                 self.create_proxy("call_method", "copy_", (buffer, value), {})
 
         return setattr_
