@@ -18,7 +18,7 @@ import dspfx
 from dspfx.config import Inputs
 from dspfx.coverage import Coverage
 from dspfx.errors import BudgetError, DspfxError, StorageError
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.traced import parts_of
 from tools.sweep.cases import Case
 from tools.sweep.shares import conv_shares
 
@@ -32,6 +32,7 @@ def check(case: Case) -> Row:
     start = time.perf_counter()
     model, inputs = case.build().eval(), case.inputs()
     row["params"] = sum(p.numel() for p in model.parameters())
+    row["linear"] = _count(model, nn.Linear) > _count(model, nn.modules.conv._ConvNd)
     with _stage(row, "prepare"):
         gm = _prepare(row, model, inputs)
     if "prepare" not in row["failed"]:
@@ -75,25 +76,29 @@ def _require(condition: bool, otherwise: str) -> None:
 
 def _prepare(row: Row, model: nn.Module, inputs: Any) -> nn.Module:
     start = time.perf_counter()
-    gm: nn.Module = dspfx.prepare(model, inputs)
+    gm: nn.Module = dspfx.prepare(model, inputs, _config(row))
     row["prepare_s"] = round(time.perf_counter() - start, 2)
     row["parts"] = _parts(gm)
     report = dspfx.coverage(gm)
     layers = len(report.plan.layers)
     row |= {"gated_layers": layers, "layers": layers + len(report.plan.skipped)}
-    row |= {"gated": report.gated, "prunable": report.prunable, **conv_shares(gm, model, report)}
+    row |= {"gated": report.gated, "prunable": report.prunable, **conv_shares(gm, report)}
     row["pins"] = _reasons(report)
     return gm
 
 
+def _config(row: Row) -> dspfx.GateConfig:
+    """Linear layers are gated too where most layers are: in transformers."""
+    return dspfx.GateConfig(linear=row["linear"])
+
+
+def _count(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
 def _parts(gm: nn.Module) -> list[str]:
     """Names of the outermost traced modules; [""] where the whole model is one."""
-    found: list[str] = []
-    for name, module in gm.named_modules():
-        inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, TracedModule) and not inside:
-            found.append(name)
-    return found
+    return list(parts_of(gm))
 
 
 def _reasons(report: Coverage) -> list[tuple[str, int]]:
@@ -102,7 +107,7 @@ def _reasons(report: Coverage) -> list[tuple[str, int]]:
 
 
 def _prove(row: Row, model: nn.Module, inputs: Any) -> None:
-    report = dspfx.selfcheck(model, inputs)
+    report = dspfx.selfcheck(model, inputs, _config(row))
     for key in ("error", "float_error", "rounding", "response", "flops_left", "flops_run"):
         row[key] = getattr(report, key)
 
