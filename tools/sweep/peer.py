@@ -86,7 +86,7 @@ def awaken(model: nn.Module, inputs: Any, targets: Any) -> None:
     with torch.no_grad():
         for _ in range(2 if norms else 0):
             given = Inputs.of(_noise(inputs))
-            model(*given.args, *((_as_double(targets()),) if targets else ()), **given.kwargs)
+            model(*given.args, *((targets(),) if targets else ()), **given.kwargs)
     model.eval()
 
 
