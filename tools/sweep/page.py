@@ -37,6 +37,18 @@ def page(cases: list[Case], rows: dict[tuple[str, str], Row], peer: dict[tuple[s
     return "\n\n".join([*parts, "Machine: " + "; ".join(machines) + ".", f"Made by\n\n    {command}"]) + "\n"
 
 
+INTRODUCTION = (
+    "One row a model, with random weights. *Traced*: whole, or the parts that are. *Gates*: layers with a gate, of all "
+    "convolutions and linear layers; linear ones get one too where they are the majority. *Gated*, *prunable*: share "
+    "of their multiply-adds that gated layers make, and that pruning can reach; *conv prunable*: the same over "
+    "convolutions alone. *float64*, *float32*: `dspfx.selfcheck`, the largest difference of the lowered network from "
+    "the pruned one over the largest output, under a random plan that leaves *FLOPs left*. *prepare*, *all*: seconds "
+    "for `prepare`, and for the whole row. *Step*: a training step of the prepared network gives a finite loss and "
+    "changes weights. *Stored*: the prepared network, pruned, and the lowered one come back from a file with bitwise "
+    "the same outputs. *Pinned because*: the two reasons that hold most filters, with their number. Images are smaller "
+    "than usual where the model takes them, since neither tracing nor pruning depends on their size; parameters that "
+    "start as a constant near zero are made random, so that outputs respond to inputs."
+)
 PEER_TEXT = (
     "Half of the channels of every layer, with the layers left alone that make the outputs (in detectors and RAFT "
     "those of its own torchvision example). *Right*: in float64 its outputs are within 1e-9 of the original network's "
