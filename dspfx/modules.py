@@ -39,7 +39,7 @@ class GatedLayer(nn.Module):
                 f"only dense convolutions and linear layers are gated; this is a {type(layer).__name__} with "
                 f"groups={getattr(layer, 'groups', 1)}."
             )
-        gated = _retyped(layer, kind)
+        gated = retyped(layer, kind)
         assert isinstance(gated, GatedLayer)
         pairs = gated.by_filter(gated.weight)
         filters, channels, device = pairs.shape[0], pairs.shape[1], pairs.device
@@ -51,7 +51,7 @@ class GatedLayer(nn.Module):
     def ungated(self) -> nn.Module:
         """The plain layer over the same parameters."""
         kind = next(plain for plain, gated in GATED.items() if isinstance(self, gated))
-        plain = _retyped(self, kind)
+        plain = retyped(self, kind)
         for key in self.GATE_KEYS:
             del plain._buffers[key]
         return plain
@@ -152,7 +152,7 @@ GATED: dict[type[nn.Module], type[GatedLayer]] = {
 }
 
 
-def _retyped(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def retyped(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """`module` as an instance of `kind`, with its attributes, parameters and buffers (shared, not copied)."""
     twin = kind.__new__(kind)
     twin.__dict__.update(module.__dict__)

@@ -17,8 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dspfx.graph.layers import FUNCTIONAL, Layer, arguments, attribute, is_constant, is_plain, layer_of
 from dspfx.graph.trace import has_effect
-from dspfx.graph.traced import Model, TracedModule, parts_of
-from dspfx.modules import replace_module
+from dspfx.graph.traced import Model, TracedModule, TrainingFlag, parts_of
+from dspfx.modules import replace_module, retyped
 
 _CONVS: dict[Any, type[nn.Module]] = {
     F.conv1d: nn.Conv1d,
@@ -43,12 +43,12 @@ def _lift(gm: TracedModule) -> None:
     read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     for name, module in list(gm.named_modules()):
         if parametrize.is_parametrized(module):
-            for key in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, key, leave_parametrized=True)
+            replace_module(gm, name, _plain(module))
         elif is_plain(module, (FrozenBatchNorm2d,)):
             stats = {"running_mean": module.running_mean, "running_var": module.running_var}
             tensors = {"weight": module.weight, "bias": module.bias, **stats}
-            replace_module(gm, name, _filled(nn.BatchNorm2d(len(module.weight), module.eps, device="meta"), tensors))
+            norm = _filled(nn.BatchNorm2d(len(module.weight), module.eps, device="meta"), tensors)
+            replace_module(gm, name, norm.eval())
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in FUNCTIONAL:
             continue
@@ -62,6 +62,11 @@ def _lift(gm: TracedModule) -> None:
         call.meta.update(node.meta)
         node.replace_all_uses_with(call)
         gm.graph.erase_node(node)
+    for node in list(gm.graph.nodes):
+        is_flag = node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), TrainingFlag)
+        if is_flag and not node.users:
+            gm.graph.erase_node(node)
+            gm.delete_submodule(str(node.target))
     gm.graph.eliminate_dead_code(is_impure_node=has_effect)
     used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
@@ -70,6 +75,17 @@ def _lift(gm: TracedModule) -> None:
         if parent not in called:
             delattr(gm.get_submodule(parent), name)
     gm.recompile()
+
+
+def _plain(module: Any) -> nn.Module:
+    """A parametrized layer as its class was before, its computed tensors stored. Its present class is shared by all
+    its copies, the user's model among them, so it cannot be changed."""
+    kind = type(module).__mro__[1]
+    plain = retyped(module, kind)
+    for key in module.parametrizations:
+        plain._parameters[key] = nn.Parameter(getattr(module, key).detach(), requires_grad=False)
+    del plain._modules["parametrizations"]
+    return plain
 
 
 def _module(gm: TracedModule, node: fx.Node) -> nn.Module | None:

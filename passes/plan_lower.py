@@ -13,7 +13,7 @@ from dspfx.errors import ModelError
 from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import Reads, liveness, unique_rows
-from dspfx.graph.simulate import pin_nodes, simulate
+from dspfx.graph.simulate import keep_widths, pin_nodes, simulate
 from dspfx.graph.traced import parts_of
 from dspfx.plans import Group, LoweredLayer, LowerPlan
 
@@ -45,7 +45,7 @@ def plan_lower(model: nn.Module, channels: ChannelGraph, width_multiple: int = 1
     for step in steps.values():
         made[channels.root[step.out]] = True
     while True:
-        removed = _keep_widths(channels, live.removable(channels) & made[channels.root], width_multiple)
+        removed = keep_widths(channels, live.removable(channels) & made[channels.root], width_multiple)
         parts = parts_of(model).values()
         broken = [fault for part in parts for fault in simulate(part, channels, part.graph, removed).broken]
         if not broken:
@@ -59,22 +59,6 @@ def plan_lower(model: nn.Module, channels: ChannelGraph, width_multiple: int = 1
             if name in steps
         )
     )
-
-
-def _keep_widths(channels: ChannelGraph, removable: Tensor, multiple: int) -> Tensor:
-    """`removable` less what keeps every layer at least one channel wide and, if it can be, a multiple of `multiple`."""
-    removed = removable.clone()
-    for step in channels.steps:
-        if step.layer is None:
-            continue
-        for wires in (step.out, step.ins[0]):
-            gone = removed[wires]
-            left = int((~gone).sum())
-            lacking = max(1, -(-left // multiple) * multiple) - left
-            if lacking > 0 and bool(gone.any()):
-                roots = channels.root[wires[gone]].unique()[:lacking]
-                removed[torch.isin(channels.root, roots)] = False
-    return removed
 
 
 def _plan_layer(model: nn.Module, step: Step, read: Reads | None, removed: Tensor, cost: LayerCost) -> LoweredLayer:

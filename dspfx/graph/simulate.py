@@ -76,12 +76,28 @@ def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Te
     return outcome
 
 
+def keep_widths(channels: ChannelGraph, removable: Tensor, multiple: int = 1) -> Tensor:
+    """`removable` less what keeps every layer at least one channel wide and, if it can be, a multiple of `multiple`."""
+    removed = removable.clone()
+    for step in channels.steps:
+        if step.layer is None:
+            continue
+        for wires in (step.out, step.ins[0]):
+            gone = removed[wires]
+            left = int((~gone).sum())
+            lacking = max(1, -(-left // multiple) * multiple) - left
+            if lacking > 0 and bool(gone.any()):
+                roots = channels.root[wires[gone]].unique()[:lacking]
+                removed[torch.isin(channels.root, roots)] = False
+    return removed
+
+
 def pin_what_breaks(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph) -> None:
     """Tries out removals and pins, with the reason, the channels that a literal size holds in place."""
     generator = torch.Generator().manual_seed(0)
     for share in (0.3, 0.6):
         chosen = (torch.rand(channels.num_wires, generator=generator) < share)[channels.root]
-        while broken := simulate(gm, channels, graph, chosen & ~channels.pinned()).broken:
+        while broken := simulate(gm, channels, graph, keep_widths(channels, chosen & ~channels.pinned())).broken:
             pin_nodes(channels, broken)
 
 
