@@ -4,6 +4,7 @@ from dspfx.config import Budget, GateConfig, Inputs
 from dspfx.coverage import coverage
 from dspfx.deploy.benchmark import benchmark
 from dspfx.errors import DspfxError
+from dspfx.graph.ops import register_rule
 from dspfx.learner import GroupLearner
 from dspfx.pipeline import lower, prepare, prune
 from dspfx.profiler import profile
@@ -24,6 +25,7 @@ __all__ = [
     "prepare",
     "profile",
     "prune",
+    "register_rule",
     "save",
     "selfcheck",
 ]

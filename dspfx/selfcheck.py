@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dspfx.config import DEFAULT_GATES, GateConfig, Inputs
 from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import materialise
+from dspfx.graph.samples import samples
 from dspfx.graph.traced import Network, TracedModule, network_meta, parts_of
+from dspfx.graph.tracer import LEAF_TYPES
 from dspfx.modules import GatedLayer
 from dspfx.passes.apply_masks import apply_masks
 from dspfx.passes.plan_prune import Search
@@ -22,6 +25,8 @@ from dspfx.pipeline import lower, prepare
 
 TOLERANCE = 1e-9
 _SHARE_DROPPED = 0.6
+_BATCHES = (1, 5)
+_TINY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,30 @@ def selfcheck(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _check(model, example_inputs, config)
+        with _Double():
+            checked = _check(model, example_inputs, config)
+        float_error, rounding = _compare_floats(checked.pairs)
+    return SelfcheckReport(float_error=float_error, rounding=rounding, **checked.figures)
 
 
-def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> SelfcheckReport:
+@dataclass(frozen=True)
+class _Checked:
+    """What float64 told, and what float32 is still to be asked about."""
+
+    pairs: list[tuple[TracedModule, TracedModule, list[tuple[Any, Any]], list[list[Tensor]]]]
+    figures: dict[str, Any]
+
+
+class _Double(TorchFunctionMode):
+    """Whatever asks for float32 gets float64: models that call `.float()` themselves run in float64 too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wider = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
+        named = {key: wider(value) for key, value in (kwargs or {}).items()}
+        return (Tensor.double if func is Tensor.float else func)(*map(wider, args), **named)
+
+
+def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> _Checked:
     double = copy.deepcopy(model).double()
     gm = prepare(double, None if example_inputs is None else _as_double(Inputs.of(example_inputs)), config)
     revive(gm)
@@ -103,13 +128,12 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> Selfche
     calibrate(gm)
     gm.eval()
     small = lower(gm)
-    batches = (1, 5)
     lowered = parts_of(small)
-    pairs = {name: (part, lowered[name]) for name, part in parts_of(gm).items()}
     error, response = 0.0, float("inf")
-    for name, (part, small_part) in pairs.items():
-        for batch in batches:
-            worst, change = _compare(part, small_part, batch)
+    pairs = []
+    for name, part in parts_of(gm).items():
+        for batch in _BATCHES:
+            worst, change = _compare(part, lowered[name], batch)
             error, response = max(error, worst), min(response, change)
         if error > TOLERANCE:
             raise MismatchError(
@@ -117,43 +141,56 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> Selfche
                 f"of the output's scale, allowed is {TOLERANCE:.0e} in float64. Please report this model; do not use "
                 f"its lowered form."
             )
-    floats = [_compare_floats(part, small_part, batches) for part, small_part in pairs.values()]
-    float_error, rounding = (max(figures) for figures in zip(*floats, strict=True))
-    run = network_meta(small)["lower_plan"].flops_run
-    return SelfcheckReport(type(model).__name__, len(gates), left, run, error, float_error, rounding, response, batches)
+        inputs = [random_inputs(part, batch) for batch in _BATCHES]
+        pairs.append((part, lowered[name], inputs, [_run(part, one) for one in inputs]))
+    figures = {"model": type(model).__name__, "gated": len(gates), "flops_left": left, "error": error}
+    figures |= {"flops_run": network_meta(small)["lower_plan"].flops_run, "response": response, "batches": _BATCHES}
+    return _Checked(pairs, figures)
 
 
 def revive(gm: Network) -> None:
-    """Random scales and shifts for every batch norm.
+    """Random scales and shifts for every batch norm, and life for parameters that begin as zero or next to it.
 
     Most shifts are positive, as in trained networks: units that are mostly on pass the input's changes through,
     while a random network of units that are mostly off is chaotic and blows float32's rounding up a hundredfold.
+    A zero head, a last norm's zero scale or a layer scale of 1e-6 would let nothing through at all.
     """
     for norm in _norms(gm):
         if norm.affine:
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.uniform_(norm.bias, -0.25, 1.0)
+    with torch.no_grad():
+        for module in gm.modules():
+            for name, value in module.named_parameters(recurse=False):
+                is_bias = isinstance(module, LEAF_TYPES) and value.dim() == 1 and name != "weight"
+                if is_bias or not value.is_floating_point() or not value.numel() or float(value.abs().max()) > _TINY:
+                    continue
+                if value.numel() == max(value.shape, default=1):  # a gain for each channel, or for all
+                    nn.init.uniform_(value, 0.5, 1.5)
+                else:
+                    value.normal_(0, (value.numel() / value.shape[0]) ** -0.5)
 
 
 def calibrate(gm: Network) -> None:
     """Gives every batch norm of every traced part the statistics of what random inputs make it see."""
     for part in parts_of(gm).values():
-        _calibrate(part)
+        _calibrate(part, 8 if part is gm else max(2, min(8, samples(part.meta["inputs"]))))
 
 
-def _calibrate(part: TracedModule) -> None:
+def _calibrate(part: TracedModule, batch: int) -> None:
     norms = _norms(part)
     modes = [(m, m.training) for m in part.modules()]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average over the batches
+        # A cumulative average over the batches; a forward of the user's own may need a number: the last batch counts.
+        norm.momentum = None if type(norm).forward.__module__.startswith("torch.") else 1.0
     part.train()
     for norm in norms:
         norm.train()  # also where the user's own train() keeps it frozen
     with torch.no_grad():
         for _ in range(2 if norms else 0):
-            args, kwargs = random_inputs(part, 8)
+            args, kwargs = random_inputs(part, batch)
             part(*args, **kwargs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -195,18 +232,17 @@ def _compare(masked: TracedModule, small: TracedModule, batch: int) -> tuple[flo
     return _distance(expected, _run(small, one)), _distance(expected, _run(masked, two))
 
 
-def _compare_floats(masked: TracedModule, small: TracedModule, batches: tuple[int, ...]) -> tuple[float, float]:
-    """(difference masked to lowered, masked to its float64 self) in float32; both networks are float32 afterwards."""
-    inputs = [random_inputs(masked, batch) for batch in batches]
-    exact = [_run(masked, one) for one in inputs]
-    masked.float()
-    small.float()
+def _compare_floats(pairs: list[Any]) -> tuple[float, float]:
+    """(difference masked to lowered, masked to its float64 self) in float32; the networks are float32 afterwards."""
     error = rounding = 0.0
-    for one, truth in zip(inputs, exact, strict=True):
-        one = pytree.tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, one)
-        found = _run(masked, one)
-        error = max(error, _distance(found, _run(small, one)))
-        rounding = max(rounding, _distance(truth, found))
+    for masked, small, inputs, exact in pairs:
+        masked.float()
+        small.float()
+        for one, truth in zip(inputs, exact, strict=True):
+            one = pytree.tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, one)
+            found = _run(masked, one)
+            error = max(error, _distance(found, _run(small, one)))
+            rounding = max(rounding, _distance(truth, found))
     return error, rounding
 
 

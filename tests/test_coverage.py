@@ -14,6 +14,7 @@ import dspfx
 from dspfx.config import GateConfig
 from dspfx.coverage import Coverage, Pinned, coverage
 from dspfx.errors import ModelError
+from dspfx.graph.ops import RULES
 from tests.zoo import ZOO
 
 
@@ -58,10 +59,16 @@ def test_an_unknown_operation_holds_the_channels_on_both_its_sides() -> None:
     found = covered(Chain(held=True))
     # The depthwise convolution and the head read only what cumsum holds; the head's outputs stay as well.
     assert found.prunable == pytest.approx((STEM + BODY) / TOTAL)
-    assert found.pins == (
-        Pinned("no rule knows what .cumsum() does to channels", 32, ("cumsum",)),
-        Pinned("it is an output of the model", 5, ("output",)),
+    unknown, output = found.pins
+    assert (unknown.reason, unknown.filters) == ("no rule knows what .cumsum() does to channels", 32)
+    assert unknown.nodes == ("cumsum",)
+    assert len(unknown.where) == 1
+    assert re.fullmatch(
+        r"test_coverage\.py:\d+: x = self\.depthwise\(x\.cumsum\(1\) if self\.held else x\)", unknown.where[0]
     )
+    assert 'dspfx.register_rule("cumsum", ' in unknown.remedy
+    assert output == Pinned("it is an output of the model", 5, ("output",))
+    assert found.convs_prunable == pytest.approx((STEM + BODY) / (TOTAL - HEAD))
 
 
 def test_a_layer_without_a_gate_still_loses_what_nothing_pins() -> None:
@@ -83,8 +90,23 @@ def test_a_single_convolution_is_covered_by_nothing() -> None:
 def test_it_prints_layers_shares_and_pins() -> None:
     lines = str(covered(Chain(held=True))).splitlines()
     assert lines[0].split("  ")[0] == "layer"
-    assert f"1 of 4 layers are gated; they make {BODY / TOTAL:.1%} of the multiply-adds" in lines[-6]
-    assert re.fullmatch(r" +32  no rule knows what .cumsum\(\) does to channels  cumsum", lines[-2])
+    assert f"1 of 4 layers are gated; they make {BODY / TOTAL:.1%} of the multiply-adds" in lines[-10]
+    assert re.fullmatch(r" +32  no rule knows what .cumsum\(\) does to channels  cumsum", lines[-6])
+    assert lines[-3] == "no rule knows what .cumsum() does to channels:"
+    assert lines[-2].startswith("    test_coverage.py:")
+    assert 'dspfx.register_rule("cumsum", "elementwise")' in lines[-1]
+
+
+def test_the_remedy_frees_what_it_says() -> None:
+    (pin, _) = covered(Chain(held=True)).pins
+    (call,) = re.findall(r'dspfx\.register_rule\("cumsum", "elementwise"\)', pin.remedy)
+    rules = dict(RULES)
+    try:
+        exec(call.replace("elementwise", "channelwise"), {"dspfx": dspfx})
+        assert covered(Chain(held=True)).prunable == 1.0
+    finally:
+        RULES.clear()
+        RULES.update(rules)
 
 
 @pytest.mark.parametrize("name", ZOO)

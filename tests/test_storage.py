@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 import dspfx
 from dspfx.errors import BudgetError, ModelError, StorageError
+from dspfx.graph.ops import RULES
 from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d, GroupConv2d
 from tests.zoo import ZOO, ZooEntry
@@ -278,10 +279,36 @@ class Erfinv(Small):
         return super().forward(torch.special.erfinv(x))
 
 
-class Odd(nn.Conv2d):
-    """A user's own layer that is traced as one."""
+class Odd(nn.Module):
+    """A user's own layer, traced as one where a rule is registered for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
 
 
+class Mine(nn.Conv2d):
+    """A convolution of the user's own class that computes what torch's does."""
+
+
+class Versioned(nn.Sequential):
+    """Refuses a state_dict that does not say of which version it is."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError("another version")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.fixture
+def odd_rule() -> Iterator[None]:
+    dspfx.register_rule(Odd, "elementwise")
+    yield
+    del RULES[Odd]
+
+
+@pytest.mark.usefixtures("odd_rule")
 def test_parts_without_a_stored_form_are_named(tmp_path: Path) -> None:
     instead = "Store this network with torch.export, or save the prepared one (dspfx.save before dspfx.lower) instead."
     with fails(
@@ -289,10 +316,8 @@ def test_parts_without_a_stored_form_are_named(tmp_path: Path) -> None:
         f"functions. {instead}"
     ):
         dspfx.save(dspfx.lower(Erfinv(), IMAGES), tmp_path / "a")
-    model = Small()
-    model.conv1 = Odd(3, 8, 3)
-    with fails(f"conv1 is a tests.test_storage.Odd, which is not among the storable layers. {instead}"):
-        dspfx.save(dspfx.lower(model, IMAGES, fold=False), tmp_path / "a")
+    with fails(f"1 is a tests.test_storage.Odd, which is not among the storable layers. {instead}"):
+        dspfx.save(dspfx.lower(nn.Sequential(nn.Conv2d(3, 8, 3), Odd()), IMAGES), tmp_path / "a")
     small = dspfx.lower(Small(), IMAGES)
     small.head.register_forward_hook(lambda module, args, result: result)
     with fails(
@@ -305,6 +330,39 @@ def test_parts_without_a_stored_form_are_named(tmp_path: Path) -> None:
     with fails(f"conv2 is not what Conv2d's arguments make of it. {instead}"):
         dspfx.save(small, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_subclass_that_computes_what_torchs_does_is_stored_as_torchs(tmp_path: Path) -> None:
+    small = dspfx.lower(nn.Sequential(Mine(3, 8, 3, padding=1, bias=False), nn.ReLU(), Mine(8, 4, 1)), IMAGES)
+    dspfx.save(small, tmp_path / "a")
+    again = dspfx.load(tmp_path / "a")
+    assert [type(layer) for layer in again.children()] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
+    assert_equal(outputs(again, (IMAGES,)), outputs(small, (IMAGES,)))
+
+
+def test_versions_of_the_models_modules_are_those_of_the_instance(tmp_path: Path) -> None:
+    gm = dspfx.prepare(Versioned(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), IMAGES)
+    dspfx.save(gm, tmp_path / "a")
+    again = dspfx.load(tmp_path / "a", Versioned(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)))
+    assert_equal(list(again.state_dict().values()), list(gm.state_dict().values()))
+
+
+class Backwards(nn.Module):
+    """Calls its layers in another order than it has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Conv2d(8, 4, 1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))
+
+
+def test_layers_keep_their_order(tmp_path: Path) -> None:
+    small = dspfx.lower(Backwards(), IMAGES)
+    dspfx.save(small, tmp_path / "a")
+    names = [name for name, _ in dspfx.load(tmp_path / "a").named_modules()]
+    assert names == [name for name, _ in small.named_modules()]
 
 
 def test_a_prepared_network_names_the_class_it_needs(tmp_path: Path) -> None:

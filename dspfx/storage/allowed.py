@@ -35,7 +35,7 @@ _FURTHER: dict[str, str] = {
     "operator": "add sub mul truediv floordiv mod pow neg pos abs eq ne lt le gt ge and_ or_ not_ getitem matmul "
     "iadd isub imul itruediv",
     "torch": "_assert matmul bmm baddbmm einsum cumsum max min argmax argmin topk var std log rsqrt sin cos where "
-    "softmax log_softmax zeros ones full arange zeros_like ones_like full_like repeat_interleave meshgrid outer "
+    "softmax log_softmax tensor zeros ones full arange zeros_like ones_like full_like repeat_interleave meshgrid outer "
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d batch_norm layer_norm group_norm",
     "torch.nn.functional": "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm "
     "layer_norm group_norm instance_norm local_response_norm softmax log_softmax normalize prelu glu unfold fold "

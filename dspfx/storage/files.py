@@ -20,7 +20,7 @@ from dspfx.errors import DspfxError, StorageError
 from dspfx.graph.inputs import propagate
 from dspfx.graph.trace import trace
 from dspfx.graph.traced import Network, TracedModule, is_traced_in_parts, network_meta
-from dspfx.modules import GatedConv2d
+from dspfx.modules import GatedLayer
 from dspfx.passes.insert_gates import insert_gates
 from dspfx.plans import GatePlan, LowerPlan
 from dspfx.storage.container import (
@@ -117,7 +117,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Networ
             f"{file.path} holds a {'prepared' if file.kind == 'gated' else 'lowered'} {owner}, which needs an instance "
             f"of that class: dspfx.load({str(path)!r}, model={owner.rpartition('.')[2]}(...))."
         )
-    if any(isinstance(m, GatedConv2d) for m in model.modules()):
+    if any(isinstance(m, GatedLayer) for m in model.modules()):
         raise StorageError(f"the model given for {path} is prepared already; give a fresh instance of {owner}.")
     if file.kind == "lowered":
         gm = _load_lowered_parts(file, model, owner, plan, parts or {}, tensors)
@@ -187,9 +187,12 @@ def _load_gated(
         gm = insert_gates(again(), plan)
     except DspfxError as error:
         raise StorageError(f"{file.path} does not fit this {type(model).__name__}: {error}") from error
-    gm.load_state_dict(tensors)
+    state = gm.state_dict()
+    for key in list(state):
+        state[key] = tensors[key]
+    gm.load_state_dict(state)  # with the versions of this class's modules, that some look at
     for name, module in gm.named_modules():
-        if isinstance(module, GatedConv2d):
+        if isinstance(module, GatedLayer):
             low, high = int(module.gate_group.min()), int(module.gate_group.max())
             if low < -1 or high >= module.gate_groups or not module.gate_groups:
                 raise StorageError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dspfx.errors import StorageError
+from dspfx.graph.layers import is_plain
 from dspfx.graph.traced import TracedModule
 from dspfx.graph.tracer import attribute
 from dspfx.modules import GroupConv2d
@@ -41,7 +42,8 @@ def encode_network(gm: TracedModule) -> dict[str, Any]:
         raise StorageError(f"{inner} is called by itself and is part of another called layer. {_INSTEAD}")
     first: dict[nn.Module, str] = {}
     layers: list[list[Any]] = []
-    for name in called:
+    place = {name: i for i, (name, _) in enumerate(gm.named_modules(remove_duplicate=False))}
+    for name in sorted(called, key=place.__getitem__):  # in the order that the containers have, and shall have again
         module = gm.get_submodule(name)
         if module in first:
             layers.append([name, "same", first[module]])
@@ -148,27 +150,32 @@ def _check_receiver(name: str, function: Any, values: tuple[Any, ...], named: di
 
 
 def _encode_layer(name: str, module: nn.Module) -> tuple[str, dict[str, Any]]:
-    kind = LAYER_NAMES.get(type(module))
+    known = next((k for k in type(module).__mro__ if k in LAYER_NAMES), None)
     changed = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    if kind is None or changed:
+    # A subclass that computes what torch's class computes is stored as that class.
+    if known is None or changed or (known is not type(module) and not is_plain(module, (known,))):
         what = f"{type(module).__module__}.{type(module).__qualname__}" + (" with hooks" if changed else "")
         raise StorageError(f"{name} is a {what}, which is not among the storable layers. {_INSTEAD}")
-    options = {key: encode_value(value, name, _INSTEAD) for key, value in _arguments(module).items()}
+    kind = LAYER_NAMES[known]
+    options = {key: encode_value(value, name, _INSTEAD) for key, value in _arguments(module, known).items()}
     twin = _decode_layer(kind, options)
-    if repr(twin) != repr(module) or _shapes(twin) != _shapes(module):
+    same = module.extra_repr() == twin.extra_repr() and list(map(repr, module.children())) == list(
+        map(repr, twin.children())
+    )
+    if not same or _shapes(twin) != _shapes(module):
         raise StorageError(f"{name} is not what {type(module).__name__}'s arguments make of it. {_INSTEAD}")
     return kind, options
 
 
-def _arguments(module: nn.Module) -> dict[str, Any]:
+def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
     """Constructor arguments that make this layer again, those left at their defaults omitted."""
     if isinstance(module, GroupConv2d):
         groups = tuple((list(g.filters), list(g.channels)) for g in module.groups)
-        branch = _arguments(module.branches[0])
+        branch = _arguments(module.branches[0], nn.Conv2d)
         own = {"in_channels": module.in_channels, "out_channels": module.out_channels, "groups": groups}
         return own | {key: branch[key] for key in ("kernel_size", *_OPTIONS) if key in branch}
     found: dict[str, Any] = {}
-    for key, parameter in inspect.signature(type(module)).parameters.items():
+    for key, parameter in inspect.signature(kind).parameters.items():
         if key in ("device", "dtype") or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         value = getattr(module, key, parameter.default)
