@@ -273,3 +273,23 @@ def test_layer_norm_over_the_channels_left() -> None:
         differences.append((removal.dense(x) - pruned(x)).abs().max().item())
     assert differences[0] > 1e-2
     assert differences[1] < 1e-12
+
+
+def test_group_norm_over_the_channels_left() -> None:
+    torch.manual_seed(0)
+    first, norm = nn.Conv2d(3, 8, 1).double(), nn.GroupNorm(2, 8).double()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    dense, left = nn.Sequential(first, norm), [0, 2, 5, 6]
+    x = torch.rand(2, 3, 5, 5, dtype=torch.float64)
+    pruned = nn.functional.group_norm(first(x)[:, left], 2, norm.weight[left], norm.bias[left], norm.eps)
+    differences = []
+    for as_pruned in (False, True):
+        removal = Removal(copy.deepcopy(dense))
+        for name in ("0", "1"):
+            removal.note(name, False, [1, 3, 4, 7], 0)
+        removal.silence(as_pruned)
+        found = removal.dense(x)
+        assert as_pruned is False or found[:, [1, 3, 4, 7]].abs().max() == 0
+        differences.append((found[:, left] - pruned).abs().max().item())
+    assert differences[0] > 1e-2
+    assert differences[1] < 1e-12

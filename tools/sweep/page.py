@@ -53,8 +53,9 @@ PEER_TEXT = (
     "Half of the channels of every layer, with the layers left alone that make the outputs (in detectors and RAFT "
     "those of its own torchvision example). *Right*: in float64 its outputs are within 1e-9 of the original network's "
     "with exactly the removed channels zeroed where they are made. *Right but for norms*: so they are once the "
-    "reference's layer norms and attention count only the channels left, as they do in the pruned network; removing a "
-    "channel there is not zeroing it. What is stopped ran into the time limit."
+    "reference's layer and group norms and attention count only the channels left, as they do in the pruned network; "
+    "removing a channel there is not zeroing it. Detectors get the best of three attempts: alive with two images, with "
+    "one, and as initialised. What is stopped ran into the time limit."
 )
 
 

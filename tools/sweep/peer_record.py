@@ -37,8 +37,8 @@ class Removal:
     def silence(self, as_pruned: bool = False) -> None:
         """Zeroes in the dense network what produces the removed channels.
 
-        With `as_pruned` its layer norms take their statistics over the channels left, and attention is scaled for the
-        width left: the functions that removing whole channels makes of them, which are not the dense network's.
+        With `as_pruned` its layer and group norms take their statistics over the channels left, and attention is
+        scaled for the width left: what removing whole channels makes of them, which is another function.
         """
         with torch.no_grad():
             for name, left in self.out.items():
@@ -48,6 +48,8 @@ class Removal:
                 _silence(owner, gone.nonzero().flatten(), self.axis.get(name, -1))
                 if as_pruned and isinstance(owner, nn.LayerNorm):
                     _renormalise(owner, left)
+                if as_pruned and isinstance(owner, nn.GroupNorm):
+                    _regroup(owner, left)
                 if as_pruned and isinstance(owner, nn.MultiheadAttention):
                     queries = [owner.in_proj_weight, owner.in_proj_bias]
                     for query in [x[: owner.embed_dim] for x in queries if x is not None]:
@@ -133,5 +135,16 @@ def _renormalise(norm: nn.LayerNorm, left: Tensor) -> None:
         out = torch.zeros_like(x)
         out[..., left] = F.layer_norm(x[..., left], (len(left),), weight, bias, norm.eps)
         return out if last else out.permute(0, 3, 1, 2)
+
+    norm.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def _regroup(norm: nn.GroupNorm, left: Tensor) -> None:
+    """A group norm over the channels left, in as many groups, zero on the others."""
+
+    def forward(x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[:, left] = F.group_norm(x[:, left], norm.num_groups, norm.weight[left], norm.bias[left], norm.eps)
+        return out
 
     norm.forward = forward  # type: ignore[method-assign, assignment]
