@@ -206,8 +206,9 @@ class ShapeTracer(fx.Tracer):
                     return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
                 if node.op == "call_module":
                     module = self.root.get_submodule(str(node.target))
-                    if is_plain(module, BATCH_NORMS) and len(args) == 1:  # whose fake arithmetic is half of a trace
-                        return torch.empty_like(args[0])
+                    is_norm = is_plain(module, BATCH_NORMS) and len(args) == 1  # its fake arithmetic: half of a trace
+                    if is_norm or RULES.get(type(module)) == "elementwise":  # which may depend on data inside
+                        return torch.empty_like(args[0])  # type: ignore[arg-type]
                     return module(*args, **kwargs)
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
