@@ -23,7 +23,15 @@ from tools.sweep.timm_models import LIST, timm_cases
 CATALOGUED = pytest.mark.skipif(
     not torchvision.__version__.startswith("0.29."), reason="the catalogue is of torchvision 0.29"
 )
-IN_PROCESS = ("squeezenet1_1", "mobilenet_v3_small", "regnet_x_400mf", "shufflenet_v2_x0_5", "quantized_resnet18")
+IN_PROCESS = (
+    "squeezenet1_1",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "shufflenet_v2_x0_5",
+    "quantized_resnet18",
+    "mc3_18",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+)
 
 
 class Small(nn.Module):
