@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,8 +11,8 @@ from dspfx.config import DEFAULT_GATES, Budget, GateConfig
 from dspfx.errors import ModelError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import propagate
-from dspfx.graph.parts import describe_parts, trace_parts
-from dspfx.graph.traced import Network, network_meta, parts_of, settle_eval
+from dspfx.graph.parts import describe_parts, trace_parts, why_untraced
+from dspfx.graph.traced import Network, is_traced_in_parts, network_meta, parts_of, settle_eval
 from dspfx.method.importance import Importance, resolve
 from dspfx.modules import GatedLayer
 from dspfx.passes.apply_masks import apply_masks
@@ -24,7 +25,7 @@ from dspfx.passes.plan_lower import plan_lower
 from dspfx.passes.plan_prune import plan_prune
 from dspfx.passes.remove_gates import remove_gates
 from dspfx.passes.shrink_channels import shrink_channels
-from dspfx.plans import PrunePlan
+from dspfx.plans import GatePlan, PrunePlan
 
 
 def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = DEFAULT_GATES) -> Network:
@@ -53,7 +54,22 @@ def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = D
         raise ModelError("this model is prepared already; prune it, or prepare the original model.")
     gm = trace_parts(model, example_inputs)
     plan = plan_gates(gm, analyse(gm), config)
-    return insert_gates(gm, plan)
+    return insert_gates(gm, _explained(gm, plan))
+
+
+def _explained(gm: Network, plan: GatePlan) -> GatePlan:
+    """The plan with what it cannot know of layers that lie in no traced part: why, and their multiply-adds."""
+    if not is_traced_in_parts(gm):
+        return plan
+    inside = {f"{name}.{layer}" for name, part in parts_of(gm).items() for layer, _ in part.named_modules()}
+    macs = network_meta(gm)["macs"]
+    return replace(
+        plan,
+        skipped=tuple(
+            s if s.name in inside else replace(s, reason=why_untraced(gm, s.name), macs=macs.get(s.name, s.macs))
+            for s in plan.skipped
+        ),
+    )
 
 
 def prune(gm: nn.Module, budget: Budget, importance: str | Importance = "l2", example_inputs: Any = None) -> PrunePlan:

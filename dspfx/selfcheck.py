@@ -101,8 +101,8 @@ class _Double(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         wider = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
-        named = {key: wider(value) for key, value in (kwargs or {}).items()}
-        return (Tensor.double if func is Tensor.float else func)(*map(wider, args), **named)
+        call: Any = Tensor.double if func is Tensor.float else func
+        return call(*map(wider, args), **{key: wider(value) for key, value in (kwargs or {}).items()})
 
 
 def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> _Checked:

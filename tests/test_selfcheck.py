@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
+from torch import Tensor, nn
 
 from dspfx import pipeline
 from dspfx.config import GateConfig, Inputs
@@ -115,3 +117,70 @@ def test_random_inputs_follow_the_examples() -> None:
     assert [x.shape for x in args] == [(7, 3, 16, 16)] * 2
     assert not kwargs
     assert not torch.equal(*args)
+
+
+class Asleep(nn.Module):
+    """Lets nothing through as it is made: a layer scale of 1e-6, a zero gain, a last norm's zero scale, a zero head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.scale, self.gain = nn.Parameter(torch.full((8, 1, 1), 1e-6)), nn.Parameter(torch.zeros(()))
+        self.norm, self.head = nn.GroupNorm(2, 8), nn.Linear(8, 4)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.relu(self.first(x))) * self.scale * self.gain
+        return self.head(self.norm(x).mean((2, 3)))
+
+
+def test_parameters_that_begin_as_zero_get_life() -> None:
+    report = selfcheck(Asleep(), torch.zeros(2, 3, 8, 8), GateConfig(groups=2))
+    assert report.response > 1e-3
+    assert report.error <= TOLERANCE
+    gm = prepare(Asleep(), torch.zeros(2, 3, 8, 8))
+    biases = {name: p.clone() for name, p in gm.named_parameters() if name.endswith("bias")}
+    weight = gm.get_parameter("first.weight").clone()
+    revive(gm)
+    assert all(torch.equal(gm.get_parameter(name), value) for name, value in biases.items())
+    assert torch.equal(gm.get_parameter("first.weight"), weight)
+    assert all(float(p.detach().abs().max()) > 0.1 for name, p in gm.named_parameters() if name not in biases)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A batch norm whose own forward needs a number for its momentum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.momentum, float)
+        batch = self.training
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, batch, self.momentum)
+
+
+def test_a_norm_of_the_users_own_is_calibrated_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), OwnNorm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    assert selfcheck(model, torch.zeros(2, 3, 8, 8), GateConfig(groups=2)).error <= TOLERANCE
+    gm = prepare(model, torch.zeros(2, 3, 8, 8))
+    calibrate(gm)
+    assert gm[1].momentum == 0.1
+    assert 0.01 < float(gm[1].running_var.mean()) < 0.9
+
+
+class Floats(nn.Module):
+    """Asks for float32 in each way there is, where it computes and where it makes a grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = torch.arange(x.shape[3]).float() + torch.zeros(x.shape[3], dtype=torch.float32)
+        x = self.second(torch.relu(self.first(x.float())).to(torch.float32))
+        return F.softmax(x + grid, dim=3, dtype=torch.float32)
+
+
+def test_models_that_ask_for_float32_are_checked_in_float64() -> None:
+    report = selfcheck(Floats(), torch.zeros(2, 3, 8, 8), GateConfig(groups=2))
+    assert report.error < 1e-12
+    assert 1e-9 < report.rounding < 1e-4  # the outputs in float64 are another, finer thing
+    assert torch.zeros(2, dtype=torch.float64).float().dtype == torch.float32  # and nothing of it stays behind

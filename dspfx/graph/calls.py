@@ -15,6 +15,7 @@ from dspfx.graph.inputs import as_found, describe, realise, tensors_of
 from dspfx.graph.modes import evaluating
 from dspfx.graph.samples import samples
 
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -25,11 +26,13 @@ class Calls:
         inputs: module -> the described arguments of each of its calls.
         within: id of a module, parameter or buffer -> the modules in whose forward *every* use of it lay; a module's
             call lies in itself.
+        macs: convolution or linear layer -> multiply-adds of all its calls.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[nn.Module, list[Inputs]] = {}
         self.within: dict[int, set[nn.Module]] = {}
+        self.macs: dict[nn.Module, int] = {}
         self.stack: list[nn.Module] = []
 
     def use(self, thing: Any) -> None:
@@ -100,6 +103,11 @@ def _entering(calls: Calls) -> Any:
 def _leaving(calls: Calls) -> Any:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         calls.stack.pop()
+        if isinstance(module, LAYERS) and isinstance(output, Tensor):
+            # Each output of a layer, and each input of a transposed one, meets the weights of one filter.
+            positions = args[0].numel() if getattr(module, "transposed", False) else output.numel()
+            work = positions * module.weight.numel() // max(module.weight.shape[0], 1)
+            calls.macs[module] = calls.macs.get(module, 0) + work
 
     return leave
 

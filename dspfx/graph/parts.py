@@ -15,13 +15,13 @@ from torch import fx, nn
 
 from dspfx.config import Inputs
 from dspfx.errors import InputError, TraceError
-from dspfx.graph.calls import Calls, record
+from dspfx.graph.calls import LAYERS, Calls, record
 from dspfx.graph.inputs import describe, describe_inputs, propagate, real_candidates, realise, refusal, try_inputs
+from dspfx.graph.samples import samples
 from dspfx.graph.trace import trace, trace_shared
 from dspfx.graph.traced import Network, TracedModule, is_traced_in_parts, network_meta, parts_of, set_network_meta
 from dspfx.graph.verify import NotAccepted, Pair, find_direct_fault, find_fault, replace_everywhere, variants
 
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 # What a user's class may define though a traced module has it too.
 _COOPERATIVE = {"__init__", "__new__", "__call__", "__str__", "__module__", "__doc__", "__dict__", "__weakref__"}
 _RESERVED = {name for name in vars(fx.GraphModule) if name not in _COOPERATIVE and not name.startswith("__")} | {"meta"}
@@ -31,7 +31,8 @@ def trace_parts(model: nn.Module, example_inputs: Any = None) -> Network:
     """A copy of `model`: traced whole (a TracedModule) where that can be done, else with its parts traced in place.
 
     Parts compute bit for bit what they replaced, which is checked on the example inputs and on others of another
-    size. `network_meta` of the copy then holds "inputs", "user_class" and "untraced": {module: why it is no part}.
+    size. `network_meta` of the copy then holds "inputs", "user_class", "untraced": {module: why it is no part} and
+    "macs": {layer: its multiply-adds}.
     What was returned once is only copied, and its parts get the example inputs' shapes where some are given.
 
     Raises:
@@ -54,8 +55,10 @@ def trace_parts(model: nn.Module, example_inputs: Any = None) -> Network:
     placing.check_all(inputs)
     if not placing.pairs:
         raise whole
+    macs = {name: calls.macs.get(m, 0) // samples(inputs) for name, m in root.named_modules() if isinstance(m, LAYERS)}
     described = describe(inputs.args, inputs.kwargs)
-    set_network_meta(root, {"inputs": described, "user_class": type(model), "untraced": placing.untraced})
+    meta = {"inputs": described, "user_class": type(model), "untraced": placing.untraced, "macs": macs}
+    set_network_meta(root, meta)
     return root
 
 
@@ -142,7 +145,7 @@ class _Placing:
         """Replaces, top-down, every submodule of `module` that can be a part; notes why the others cannot."""
         for child_name, child in list(module.named_children()):
             name = f"{prefix}.{child_name}" if prefix else child_name
-            if isinstance(child, (TracedModule, *_LAYERS)) or not any(isinstance(m, _LAYERS) for m in child.modules()):
+            if isinstance(child, (TracedModule, *LAYERS)) or not any(isinstance(m, LAYERS) for m in child.modules()):
                 continue  # a layer that stands alone has nothing inside that could be pruned
             try:
                 part = _part(self.root, child, self.calls)
