@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dspfx.errors import ConfigError
-from dspfx.method.importance import cumulative_share, group_energy, resolve
+from dspfx.method.importance import cumulative_share, group_energy, resolve, unit_share
 
 
 def test_l2_is_the_squared_norm_of_each_kernel() -> None:
@@ -72,3 +72,14 @@ def test_dropping_below_beta_keeps_the_largest_and_drops_nothing_at_zero() -> No
     assert int((scores < 0).sum()) == 0
     assert int((scores < 1).sum()) == 3
     assert int((scores < 0.2).sum()) == 2
+
+
+def test_units_share_the_score_of_their_sum() -> None:
+    energy = torch.tensor([[1.0, 2.0, 4.0, 8.0, 1.0]], dtype=torch.float64)
+    unit = torch.tensor([0, 1, 0, 2, 1])  # sums 5, 3, 8
+    everything = torch.ones(1, 5, dtype=torch.bool)
+    assert unit_share(energy, everything, unit).tolist() == [[0.5, 3 / 16, 0.5, 1.0, 3 / 16]]
+    without = torch.tensor([[False, True, True, True, True]])  # sums 4, 3, 8
+    assert unit_share(energy, without, unit).tolist() == [[float("-inf"), 3 / 15, 7 / 15, 1.0, 3 / 15]]
+    alone = torch.arange(5)
+    assert torch.equal(unit_share(energy, without, alone), cumulative_share(energy, without))

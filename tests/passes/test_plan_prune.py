@@ -13,7 +13,7 @@ from dspfx.graph.traced import TracedModule
 from dspfx.method.importance import resolve
 from dspfx.modules import GatedConv2d
 from dspfx.passes.plan_prune import Search, plan_prune
-from dspfx.pipeline import prepare, prune
+from dspfx.pipeline import lower, prepare, prune
 from dspfx.plans import PrunePlan
 from tests.zoo import ZOO
 
@@ -167,3 +167,60 @@ def test_channels_that_are_constant_from_the_start_do_not_count_as_cut_off() -> 
     assert search.keep(search.total).is_connected
     plan = prune(gm, Budget(flops=0.5))
     assert 0.4 < plan.flops_left <= 0.5
+
+
+def test_groups_of_a_grouped_convolution_go_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU()],
+        *[nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(16, 8, 1)],
+    )
+    with torch.no_grad():
+        model[2].weight[4:8] *= 0.01  # type: ignore[index]
+        model[6].weight[:, 4:8] *= 0.01  # type: ignore[index]
+    gm = prepare(model, torch.zeros(1, 3, 8, 8), GateConfig(groups=2))
+    plan = prune(gm, Budget(flops=0.8))
+    small = lower(gm)
+    grouped = small.get_submodule("4")
+    assert (grouped.in_channels, grouped.out_channels, grouped.groups) == (12, 12, 3)
+    assert plan.flops_left <= 0.8
+    for layer in plan.layers:
+        kept = {c for group in layer.groups for c in group.channels}
+        if layer.name == "6":
+            assert kept == set(range(4)) | set(range(8, 16))
+
+
+def test_filters_before_a_norm_over_channels_are_scored_one_by_one() -> None:
+    """A reader that drops a channel does not free its filter there: the norm's statistics need it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        model[1].weight[5] *= 0.01  # type: ignore[index]
+    gm = prepare(model, torch.zeros(1, 3, 8, 8), GateConfig(groups=1))
+    plan = plan_prune(gm, analyse(gm), Budget(flops=0.9), resolve("l2"))
+    (layer,) = (layer for layer in plan.layers if layer.name == "1")
+    assert 5 not in {o for group in layer.groups for o in group.filters}
+
+
+def test_a_pinned_filter_does_not_keep_its_neighbours() -> None:
+    class Half(nn.Module):
+        """Four of eight filters are an output, the others are read by an ungated convolution."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.tail = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            one, other = self.body(self.stem(x)).chunk(2, 1)
+            return one, self.tail(other)
+
+    torch.manual_seed(0)
+    model = Half()
+    with torch.no_grad():
+        model.body.weight[[1, 6]] = 0.001
+    gm = prepare(model, torch.zeros(1, 3, 8, 8), GateConfig(groups=1, skip=("tail",)))
+    plan = prune(gm, Budget(flops=0.9))
+    (layer,) = plan.layers
+    alive = {o for group in layer.groups for o in group.filters}
+    assert alive >= {0, 1, 2, 3}
+    assert 6 not in alive
