@@ -48,6 +48,8 @@ def trace_parts(model: nn.Module, example_inputs: Any = None) -> Network:
         return trace(model, example_inputs)
     except TraceError as error:
         whole = error
+    if any(p.is_meta for p in model.parameters()):  # which cannot run, and so cannot show how its parts are called
+        raise whole
     root = copy.deepcopy(model)
     inputs, calls = _run(root, example_inputs)
     placing = _Placing(root, calls, {"": str(whole)})

@@ -355,6 +355,11 @@ def test_lone_layers_are_no_parts() -> None:
         trace_parts(Lone(), batch())
 
 
+def test_models_without_values_are_traced_whole_or_not_at_all() -> None:
+    with pytest.raises(TraceError, match=r"^Refiner cannot be traced at "):
+        trace_parts(Refiner().to("meta"), torch.empty(2, 3, 16, 16, device="meta"))
+
+
 def test_the_nearest_reason_is_given() -> None:
     network = trace_parts(SharedLayer(), batch())
     assert why_untraced(network, "second.0.0") == reasons(network)["second.0"]
