@@ -129,8 +129,8 @@ class Writer:
     def change(self, value: Value, line: str) -> None:
         """A line that changes `value`, written as {}, in place; what else it names it reads."""
         for env in self._env:
-            env |= _executed(line.format(value.name), env)
-        self.lines.append((line.format(value.name), line))
+            env |= _executed(line.replace("{}", value.name), env)
+        self.lines.append((line.replace("{}", value.name), line))
 
     def _run(self, env: dict[str, Any], name: str, source: str) -> Any:
         env |= _executed(f"{name} = {source}", env)

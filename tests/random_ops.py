@@ -234,11 +234,14 @@ class Overwrite(Op):
     x: int = back()
     form: str = choice(
         "{}.relu_()", "{}.add_(2)", "{} += 1", "F.relu({}, inplace=True)", "{} /= 2", "{} *= -1", "{}.clamp_(min=0.1)",
-        "{}[:, 1:].mul_(2)", "torch.relu_({})", "{}.fill_(0.5)",
+        "{}[:, 1:].mul_(2)", "torch.relu_({})", "{}.fill_(0.5)", "{}[:, :2] = 0.5", "{}[:, 1:] *= 2", "{}[:, ::2] += 1",
+        "{}[..., :1] = 0", "{}[:, -2:] = {}[:, :2].clone()", "{}[:] = {}.flip(1)", "{}.copy_({}.roll(1, 1).clone())",
     )  # fmt: skip
 
     def write(self, w: Writer) -> None:
-        w.change(w.image(self.x), self.form)
+        x = w.image(self.x)
+        need(x.channels > 2, "too few channels")
+        w.change(x, self.form)
 
 
 @dataclass(frozen=True, repr=False)

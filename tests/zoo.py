@@ -190,6 +190,7 @@ _ENTRIES = (
     ZooEntry("resnext_stages", families.resnext_stages),
     ZooEntry("shufflenet_v2", families.shufflenet_v2),
     ZooEntry("mobilenet_v2", families.mobilenet_v2, has_rng=True),
+    ZooEntry("tied_autoencoder", parameters.TiedAutoencoder),
     ZooEntry("free_scales", parameters.FreeScales),
     ZooEntry("raw_parameters", parameters.RawParameters),
     ZooEntry("primary_capsules", parameters.PrimaryCapsules),
@@ -207,11 +208,12 @@ _ENTRIES = (
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ENTRIES}
 
 # Networks that one invariant does not apply to, although they are pruned as exactly as the others (tests/test_nets.py):
-# their lowered form holds a user's own or recurrent layers and is not stored, two keys of their state_dict are one
-# parameter, stored modules come back in another order, or an input is no tensor.
+# Python's max() of sizes is guarded, recurrent layers are not stored when lowered, stored modules come back in another
+# order, two keys of a state_dict are one parameter, or an input is no tensor.
 _OTHERS = (
     ZooEntry("same_padding", families.same_padding),
     ZooEntry("recurrent_reader", sequences.RecurrentReader),
+    ZooEntry("activated_norms", families.activated_norms),
     ZooEntry("tied_convs", parameters.TiedConvs),
     ZooEntry("frozen_resnet", families.frozen_resnet),
     ZooEntry("named_inputs", parameters.NamedInputs, kind="named"),
