@@ -72,6 +72,8 @@ def _rewrite(gm: TracedModule, node: fx.Node, target: Any, args: Any, kwargs: An
     for value in args:
         if isinstance(value, Tensor):
             name = f"{node.name}_channels"
+            while hasattr(gm, name):
+                name += "_"
             gm.register_buffer(name, value.to(next(gm.parameters()).device))
             with gm.graph.inserting_before(node):
                 value = gm.graph.get_attr(name)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dspfx.graph.layers import attribute, stored
 from dspfx.graph.ops import RULES
 
+Call = tuple[Any, Any, Any]  # what a node calls: target, args, kwargs
 ZERO = -1  # stands for an element that padding made; it becomes a wire of its own whose value is zero
 
 FUNCTIONS = {
@@ -36,7 +39,7 @@ def is_move(gm: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return type(gm.get_submodule(str(node.target))) in MODULES
     if node.op == "call_method":
-        return node.target in METHODS and (str(node.target).endswith("_as") or not _reads_tensors(node))
+        return node.target in METHODS and (str(node.target).endswith("_as") or not _reads_tensors(gm, node))
     if node.op != "call_function":
         return False
     if node.target is getattr:
@@ -45,26 +48,42 @@ def is_move(gm: nn.Module, node: fx.Node) -> bool:
         return channel_pads(node) is not None
     if node.target is operator.getitem and isinstance(node.meta.get("val"), (int, float, bool, torch.Size)):
         return False
-    return node.target in FUNCTIONS and not _reads_tensors(node)
+    return node.target in FUNCTIONS and not _reads_tensors(gm, node)
 
 
-def run_move(gm: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """The operation on wire tensors; raises what torch raises where sizes do not fit."""
-    if node.op == "call_module":
-        return gm.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        name = {"view": "reshape", "view_as": "reshape_as"}.get(str(node.target), str(node.target))
-        return getattr(args[0], name)(*args[1:], **kwargs)
-    if node.target is F.pad:
+def run_move(gm: nn.Module, node: fx.Node, read: Callable[[fx.Node], Any], call: Call | None = None) -> Any:
+    """The operation on what `read` gives for its inputs; raises what torch raises where sizes do not fit.
+
+    With `call`, that instead of what the node calls.
+    """
+
+    def value(source: fx.Node) -> Any:
+        return attribute(gm, str(source.target)).cpu() if is_index(gm, source) else read(source)
+
+    target = (call or (node.target,))[0]
+    args: Any = fx.map_arg(call[1] if call else node.args, value)
+    kwargs: Any = fx.map_arg(call[2] if call else node.kwargs, value)
+    if target is F.pad:
         return F.pad(args[0], _argument(args, kwargs, 1, "pad"), value=ZERO)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    if callable(target):
+        return target(*args, **kwargs)
+    if node.op == "call_module":
+        return gm.get_submodule(target)(*args, **kwargs)
+    name = {"view": "reshape", "view_as": "reshape_as"}.get(target, target)
+    return getattr(args[0], name)(*args[1:], **kwargs)
 
 
-def _reads_tensors(node: fx.Node) -> bool:
-    """True where a tensor steers the movement (an index, a mask): its wires are not its values."""
+def _reads_tensors(gm: nn.Module, node: fx.Node) -> bool:
+    """True where a computed tensor steers the movement (an index, a mask): its wires are not its values."""
     found: list[fx.Node] = []
     fx.map_arg((node.args[1:], node.kwargs), found.append)
-    return any(isinstance(n.meta.get("val"), Tensor) for n in found)
+    return any(isinstance(n.meta.get("val"), Tensor) and not is_index(gm, n) for n in found)
+
+
+def is_index(gm: nn.Module, node: fx.Node) -> bool:
+    """True for a stored tensor of integers, which may say where a movement takes its elements from."""
+    value = stored(gm, node)
+    return value is not None and value.dtype in (torch.int64, torch.int32)
 
 
 def channel_pads(node: fx.Node) -> list[int] | None:

@@ -46,7 +46,8 @@ def apply_rule(b: Builder, node: fx.Node) -> Any:
             b.pin(wires.unique(), node, "it is an output of the model")
         return None
     tensor = stored(b.part, node)
-    if tensor is not None and sum(size > 1 for size in tensor.shape) == 1:  # one number a channel, should it be used so
+    is_vector = tensor is not None and sum(size > 1 for size in tensor.shape) == 1
+    if tensor is not None and is_vector and tensor.is_floating_point():  # one number a channel, should it be used so
         axis = max(range(tensor.dim()), key=lambda i: tensor.shape[i])
         return spread(b.param(node, axis, str(node.target)), tensor.shape, axis)
     value = node.meta.get("val")
@@ -106,7 +107,7 @@ def _known(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
         wires = b.graph.values[given] if isinstance(given, fx.Node) else None
         return apply_layer(b, node, layer, wires) if isinstance(wires, Tensor) else None
     if is_move(b.part, node):
-        return _moved(b, node, args, kwargs)
+        return _moved(b, node)
     if node.op == "call_module":
         return _known_module(b, node, module_of(b.part, node), args)
     if target in IDENTITIES:
@@ -189,9 +190,9 @@ def _reduction(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
     return spread(out, value.shape, axis if value.dim() == wires.dim() else axis - sum(d < axis for d in dims))
 
 
-def _moved(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
+def _moved(b: Builder, node: fx.Node) -> Any:
     try:
-        moved = run_move(b.part, node, args, kwargs)
+        moved = run_move(b.part, node, b.graph.values.__getitem__)
         if isinstance(moved, Tensor):
             return b.zeros(compress(moved))
     except (RuntimeError, TypeError, ValueError, IndexError):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from dspfx.graph.channels import ChannelGraph, tensors_in
-from dspfx.graph.moves import is_move, run_move
+from dspfx.graph.moves import Call, is_index, is_move, run_move
 from dspfx.graph.wires import along
 
 
 def select_channels(
     gm: nn.Module, channels: ChannelGraph, node: fx.Node, removed: Tensor, broken: set[fx.Node]
-) -> tuple[Any, Any, Any] | None:
+) -> Call | None:
     """(target, args, kwargs) that make the node's remaining channels from those of an unbroken tensor before it.
 
     An index_select's indices are a Tensor among the arguments; consecutive ones become a narrow.
@@ -26,7 +26,7 @@ def select_channels(
     if not isinstance(whole, Tensor) or whole.dim() < 2:
         return None
     chain = [node]
-    while (source := _only_tensor(channels, chain[-1])) is not None:
+    while (source := _only_tensor(gm, channels, chain[-1])) is not None:
         before = channels.values[source]
         if source not in broken and isinstance(before, Tensor) and before.dim() == whole.dim():
             found = _selection(gm, channels, source, chain, removed)
@@ -38,14 +38,14 @@ def select_channels(
     return None
 
 
-def _only_tensor(channels: ChannelGraph, node: fx.Node) -> fx.Node | None:
-    sources = [n for n in node.all_input_nodes if tensors_in(channels.values[n])]
+def _only_tensor(gm: nn.Module, channels: ChannelGraph, node: fx.Node) -> fx.Node | None:
+    sources = [n for n in node.all_input_nodes if tensors_in(channels.values[n]) and not is_index(gm, n)]
     return sources[0] if len(sources) == 1 else None
 
 
 def _selection(
     gm: nn.Module, channels: ChannelGraph, source: fx.Node, chain: list[fx.Node], removed: Tensor
-) -> tuple[Any, Any, Any] | None:
+) -> Call | None:
     before, after = channels.values[source], channels.values[chain[0]]
     for axis in (1, before.dim() - 1):
         old, new = along(before, axis), along(after, axis)
@@ -77,8 +77,7 @@ def _replay(gm: nn.Module, source: fx.Node, chain: list[fx.Node], shape: torch.S
     env: dict[fx.Node, Any] = {source: numbers}
     try:
         for node in reversed(chain):
-            args, kwargs = (fx.map_arg(a, lambda n: env.get(n, n.meta.get("val"))) for a in (node.args, node.kwargs))
-            env[node] = run_move(gm, node, args, kwargs)
+            env[node] = run_move(gm, node, lambda n: env.get(n, n.meta.get("val")))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     moved = env[chain[0]]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dspfx.graph.channels import ChannelGraph, Pin, tensors_in
-from dspfx.graph.moves import channel_pads, is_move, run_move
+from dspfx.graph.moves import Call, channel_pads, is_move, run_move
 from dspfx.graph.select import select_channels
 from dspfx.graph.tracer import expect
 from dspfx.graph.wires import along, delete
@@ -32,7 +32,7 @@ class Outcome:
     """
 
     broken: list[tuple[fx.Node, str]]
-    repairs: dict[fx.Node, tuple[Any, Any, Any]]
+    repairs: dict[fx.Node, Call]
 
 
 def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Tensor) -> Outcome:
@@ -56,7 +56,7 @@ def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Te
                 outcome.repairs[node] = expect, (node.args[0], env[node.args[0]], node.args[2]), {}
         elif is_move(gm, node):
             follows = not ragged and not any(n in skipped for n in node.all_input_nodes)
-            if follows and _agrees(gm, channels, node, (node.target, node.args, node.kwargs), env, env[node]):
+            if follows and _agrees(gm, channels, node, None, env, env[node]):
                 continue
             repair = _repair(channels, node, removed, env[node]) if follows else None
             if repair is not None and not _agrees(gm, channels, node, repair, env, env[node]):
@@ -118,12 +118,10 @@ def _tensor_sources(channels: ChannelGraph, node: fx.Node) -> list[fx.Node]:
 
 
 def _agrees(
-    gm: nn.Module, channels: ChannelGraph, node: fx.Node, call: Any, env: dict[fx.Node, Any], wanted: Any
+    gm: nn.Module, channels: ChannelGraph, node: fx.Node, call: Call | None, env: dict[fx.Node, Any], wanted: Any
 ) -> bool:
-    target, args, kwargs = call
-    args, kwargs = fx.map_arg(args, lambda n: env[n]), fx.map_arg(kwargs, lambda n: env[n])
     try:
-        found = run_move(gm, node, args, kwargs) if target == node.target else target(*args, **kwargs)
+        found = run_move(gm, node, env.__getitem__, call)
     except _ERRORS:
         return False
     return _same(found, wanted, channels.zero)
@@ -139,7 +137,7 @@ def _same(found: Any, wanted: Any, zero: Tensor) -> bool:
     return False
 
 
-def _repair(channels: ChannelGraph, node: fx.Node, removed: Tensor, wanted: Any) -> tuple[Any, Any, Any] | None:
+def _repair(channels: ChannelGraph, node: fx.Node, removed: Tensor, wanted: Any) -> Call | None:
     """The node with literal channel counts rewritten for what is left; None where it has none that can follow."""
     whole = channels.values[node]
     source = channels.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
@@ -173,7 +171,7 @@ def _repair(channels: ChannelGraph, node: fx.Node, removed: Tensor, wanted: Any)
     return None
 
 
-def _repair_slice(node: fx.Node, source: Tensor, removed: Tensor) -> tuple[Any, Any, Any] | None:
+def _repair_slice(node: fx.Node, source: Tensor, removed: Tensor) -> Call | None:
     """x[:, a:b] with the bounds of what is left."""
     index = node.args[1]
     axis = next((a for a in (1, source.dim() - 1) if along(source, a) is not None), None)

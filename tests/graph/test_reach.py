@@ -268,3 +268,32 @@ def test_what_is_no_rule_is_refused(operation: Any, rule: Any, message: str, rul
     with pytest.raises(ConfigError, match=f"^{message}$"):
         register_rule(operation, rule)
     assert rules == before
+
+
+class Reordered(nn.Module):
+    """Channels in an order that a buffer holds."""
+
+    order: Tensor
+
+    def __init__(self, is_indexed: bool) -> None:
+        super().__init__()
+        self.is_indexed = is_indexed
+        self.register_buffer("order", torch.tensor([7, 0, 3, 2, 2, 5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.order] if self.is_indexed else x.index_select(1, self.order)
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_a_stored_order_is_followed_and_rewritten(is_indexed: bool) -> None:
+    model = Between(Reordered(is_indexed), 6, (0, 3, 4), (1, 2)).double().eval()
+    image = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    once = lower(model, image)
+    assert once.get_parameter("a.weight").shape[0] == 3  # 2, 5 and 7 are read
+    with torch.no_grad():
+        once.get_parameter("b.weight")[:, 1:3] = 0  # both copies of channel 2
+        once.get_parameter("a.weight")[0] = 0
+        once.get_parameter("a.bias")[0] = 0
+    twice = lower(once)
+    assert twice.get_parameter("a.weight").shape[0] == 2
+    assert error(run(once, (image,)), run(twice, (image,))) < 1e-13

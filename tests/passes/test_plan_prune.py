@@ -171,18 +171,17 @@ def test_channels_that_are_constant_from_the_start_do_not_count_as_cut_off() -> 
 
 def test_groups_of_a_grouped_convolution_go_whole() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        *[nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU()],
-        *[nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(16, 8, 1)],
-    )
+    before, after = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+    grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), before, nn.ReLU(), grouped, nn.ReLU(), after)
     with torch.no_grad():
-        model[2].weight[4:8] *= 0.01  # type: ignore[index]
-        model[6].weight[:, 4:8] *= 0.01  # type: ignore[index]
+        before.weight[4:8] *= 0.01
+        after.weight[:, 4:8] *= 0.01
     gm = prepare(model, torch.zeros(1, 3, 8, 8), GateConfig(groups=2))
     plan = prune(gm, Budget(flops=0.8))
     small = lower(gm)
-    grouped = small.get_submodule("4")
-    assert (grouped.in_channels, grouped.out_channels, grouped.groups) == (12, 12, 3)
+    left = small.get_submodule("4")
+    assert (left.in_channels, left.out_channels, left.groups) == (12, 12, 3)
     assert plan.flops_left <= 0.8
     for layer in plan.layers:
         kept = {c for group in layer.groups for c in group.channels}
@@ -193,9 +192,10 @@ def test_groups_of_a_grouped_convolution_go_whole() -> None:
 def test_filters_before_a_norm_over_channels_are_scored_one_by_one() -> None:
     """A reader that drops a channel does not free its filter there: the norm's statistics need it."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
+    body = nn.Conv2d(8, 8, 1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), body, nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
     with torch.no_grad():
-        model[1].weight[5] *= 0.01  # type: ignore[index]
+        body.weight[5] *= 0.01
     gm = prepare(model, torch.zeros(1, 3, 8, 8), GateConfig(groups=1))
     plan = plan_prune(gm, analyse(gm), Budget(flops=0.9), resolve("l2"))
     (layer,) = (layer for layer in plan.layers if layer.name == "1")
