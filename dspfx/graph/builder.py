@@ -176,9 +176,15 @@ def _align(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[[Ten
         vectors = [along(t, axis) if t.dim() > 1 else None for t in tensors]
         if all(v is not None for v in vectors):
             return tuple(v for v in vectors if v is not None), partial(spread, axis=axis)
-    stacked = torch.stack(list(tensors), -1)
-    rows, inverse = stacked.reshape(-1, len(tensors)).unique(dim=0, return_inverse=True)
-    return rows.unbind(-1), lambda out, shape: compress(out[inverse].reshape(shape))
+    small = torch.broadcast_tensors(*(thin(t) for t in tensors))
+    columns = [t.flatten() for t in small]
+    index = torch.zeros_like(columns[0])
+    for column in columns:  # rows of wires become numbers, one column after the other: numbers are sorted quickly
+        _, index = (index * (int(column.max()) + 1 if len(column) else 1) + column).unique(return_inverse=True)
+    first = torch.full((int(index.max()) + 1 if len(index) else 0,), len(index))
+    first = first.scatter_reduce(0, index, torch.arange(len(index)), "amin")
+    rows = tuple(column[first] for column in columns)
+    return rows, lambda out, shape: compress(out[index].reshape(small[0].shape).expand(shape))
 
 
 def _union(count: int, ties: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -276,12 +276,12 @@ def is_library(filename: str) -> bool:
     return "torch" in parts or ("dspfx" in parts and "graph" in parts) or filename.startswith("<")
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, depth: int = 4) -> str:
     """A size or comparison as the model's author wrote it, as far as the graph tells: "x.shape[2] > 16"."""
-    if not isinstance(value, fx.Node):
+    if not isinstance(value, fx.Node) or not depth:
         return str(value)
     name = value.target if isinstance(value.target, str) else getattr(value.target, "__name__", value.name)
-    args = [_text(a) for a in value.args]
+    args = [_text(a, depth - 1) for a in value.args]
     if value.op == "call_function" and name in _SYMBOLS and len(args) == 2:
         return f"{args[0]} {_SYMBOLS[name]} {args[1]}"
     if value.op == "call_function" and name == "getattr":

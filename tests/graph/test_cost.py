@@ -23,7 +23,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 NOT_COMPARED = {
     "conv_options",  # fvcore has no count for convolutions with padding="same"
     "single_conv",  # the network is itself the layer, and traced as a function
-    "functional_layers",  # whose layers are no modules; test_functional_layers_cost_what_modules_do
+    # Layers that are no modules: test_functional_layers_cost_what_modules_do.
+    *("functional_layers", "tied_autoencoder", "raw_parameters"),
 }
 
 
