@@ -81,7 +81,7 @@ def prune(gm: nn.Module, budget: Budget, importance: str | Importance = "l2", ex
     Args:
         gm: what `prepare` returned, perhaps trained since.
         budget: fractions of the dense network that remain.
-        importance: "l2", or a function from a weight [O, C, kh, kw] to energies [O, C], none negative.
+        importance: "l2", or a function from a weight [O, C, *kernel] to energies [O, C], none negative.
         example_inputs: only where the budget should count another input size than the one prepared with.
 
     Raises:

@@ -50,7 +50,7 @@ class _Kept:
 def plan_prune(model: nn.Module, channels: ChannelGraph, budget: Budget, energy: Energy) -> PrunePlan:
     """The PrunePlan that drops the fewest structures, least energy first, such that `budget` holds.
 
-    `energy` maps a weight [O, C, kh, kw] to energies [O, C]. Layers that are pruned already keep their groups and
+    `energy` maps a weight [O, C, *kernel] to energies [O, C]. Layers that are pruned already keep their groups and
     only lose more. Raises BudgetError, naming the floor, where the budget cannot be met, and ModelError where a
     weight or an energy is not finite.
     """

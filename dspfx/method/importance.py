@@ -14,7 +14,7 @@ Importance = Callable[[Tensor], Tensor]
 
 
 def resolve(importance: str | Importance) -> Importance:
-    """The energy function of a name, or the user's own: weight [O, C, kh, kw] -> energy [O, C], >= 0.
+    """The energy function of a name, or the user's own: weight [O, C, *kernel] -> energy [O, C], >= 0.
 
     "l2" is the squared Frobenius norm of each kernel, the paper's.
     """
@@ -22,7 +22,7 @@ def resolve(importance: str | Importance) -> Importance:
         return importance
     if importance == "l2":
         return kernel_energy
-    raise ConfigError(f"importance is {importance!r}; give 'l2' or a function from a weight [O, C, kh, kw] to [O, C].")
+    raise ConfigError(f"importance is {importance!r}; give 'l2' or a function from a weight [O, C, *kernel] to [O, C].")
 
 
 def group_energy(energy: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -24,7 +24,7 @@ def test_a_function_is_itself_and_a_name_must_be_known() -> None:
         return weight.abs().sum((2, 3))
 
     assert resolve(ours) is ours
-    message = r"importance is 'taylor9'; give 'l2' or a function from a weight \[O, C, kh, kw\] to \[O, C\]\."
+    message = r"importance is 'taylor9'; give 'l2' or a function from a weight \[O, C, \*kernel\] to \[O, C\]\."
     with pytest.raises(ConfigError, match=f"^{message}$"):
         resolve("taylor9")
 
