@@ -119,6 +119,19 @@ def test_parts_that_the_file_invents_are_refused(name: str, tmp_path: Path) -> N
         dspfx.load(path, Refiner())
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("work", float("nan")), ("work", -1.0), ("work", 2), ("inputs", []), ("network", {})]
+)
+def test_damaged_parts_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    dspfx.save(settled(Refiner()), path)
+    parts = json.loads(metadata(path)["parts"])
+    parts["stem"][key] = value
+    rewrite(path, parts=json.dumps(parts))
+    with pytest.raises(StorageError, match=f"^{re.escape(str(path))} is damaged, or was not written by dspfx.save: "):
+        dspfx.load(path, Refiner())
+
+
 def test_a_network_in_parts_that_nobody_prepared_is_not_saved(tmp_path: Path) -> None:
     network = trace_parts(Refiner())
     set_network_meta(network, {})

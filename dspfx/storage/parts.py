@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from dspfx.config import Inputs
-from dspfx.errors import MismatchError
+from dspfx.errors import MismatchError, StorageError
 from dspfx.graph.inputs import propagate
 from dspfx.graph.parts import put_parts, submodule
 from dspfx.graph.traced import Network, TracedModule, network_meta, parts_of, set_network_meta
@@ -51,6 +52,8 @@ def decode_parts(data: Any, lowered: bool) -> dict[str, StoredPart]:
     for name, entry in expect(data, dict, "the table of parts").items():
         expect(entry, dict, f"the part {name}")
         inputs, work = decode_inputs(entry.get("inputs")), expect(entry.get("work"), float, f"the work of {name}")
+        if not 0 < work < math.inf:
+            raise StorageError(f"the work of {name} is {work}")
         parts[name] = StoredPart(inputs, work, decode_network(entry.get("network")) if lowered else None)
     return parts
 
