@@ -1,7 +1,8 @@
 """Differentiable group learning as pure tensor functions (DSP, arXiv 2303.09736, section 3).
 
-The regulariser sees a weight `W [O, C, *kernel]` (a linear one as [O, C, 1], a transposed one turned) only through inner products over the kernel,
-`w2[o, c] = ||W[o, c]||^2` and `wg[o, c] = <W[o, c], g[o, c]>`, so everything below works on `[O, C]` matrices:
+The regulariser sees a weight `W [O, C, *kernel]` (a linear one as [O, C, 1], a transposed one turned) only through
+inner products over the kernel, `w2[o, c] = ||W[o, c]||^2` and `wg[o, c] = <W[o, c], g[o, c]>`, so everything below
+works on `[O, C]` matrices:
 
     P   [..., G, O]   share of filter o in group g; every column sums to 1
     w2  [..., O, C]   squared norms of the kernels
