@@ -25,7 +25,10 @@ def binary(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
     wires = [a for a, s in zip(args, scalars, strict=True) if isinstance(a, Tensor) and s is None]
     if len(wires) == 1:
         first, second = scalars
-        constant = torch.tensor(float(second if first is None else first), dtype=torch.float64)
+        number = second if first is None else first
+        if not isinstance(number, (int, float)):
+            return None  # a value that nothing is known of
+        constant = torch.tensor(float(number), dtype=torch.float64)
         if first is None:
             return b.map(node, lambda v: function(v, constant.expand_as(v), **node.kwargs), wires[0])
         return b.map(node, lambda v: function(constant.expand_as(v), v, **node.kwargs), wires[0])

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
 from dspfx.errors import InputError
+from dspfx.graph.layers import evaluated
 from dspfx.graph.modes import evaluating
 from dspfx.graph.traced import TracedModule, all_graphs
 
@@ -262,6 +263,10 @@ class _Values(fx.Interpreter):
             self.run(*args)
         for buffer, value in buffers:
             buffer.copy_(value)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        read = self.env.__getitem__
+        return tuple(evaluated(a, read) for a in n.args), {k: evaluated(a, read) for k, a in n.kwargs.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

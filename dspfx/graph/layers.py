@@ -6,6 +6,7 @@ F.conv2d(x, self.w, self.b, groups=2)         Layer("body.w", "F.conv2d", "conv"
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -148,6 +149,20 @@ def _of_call(part: nn.Module, node: fx.Node, prefix: str, names: tuple[str, ...]
     if "output_padding" in names:
         return Layer(f"{name}_transposed", kind, "conv", **paths, groups=groups, transposed=True)
     return Layer(name, kind, "conv", **paths, groups=groups)
+
+
+def evaluated(value: Any, read: Callable[[fx.Node], Any]) -> Any:
+    """An argument of a node with its nodes read, in plain lists and dicts: torch.fx's own cannot be changed in place,
+    as a function may do."""
+    if isinstance(value, fx.Node):
+        return read(value)
+    if type(value) is tuple:
+        return tuple(evaluated(v, read) for v in value)
+    if isinstance(value, list):
+        return [evaluated(v, read) for v in value]
+    if isinstance(value, dict):
+        return {key: evaluated(v, read) for key, v in value.items()}
+    return fx.map_arg(value, read)
 
 
 def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:

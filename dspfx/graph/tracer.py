@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import Attribute
 
 from dspfx.errors import InputError, TraceError
-from dspfx.graph.layers import BATCH_NORMS, CONVS, INSTANCE_NORMS, TRANSPOSED, attribute, is_plain, overrides
+from dspfx.graph.layers import BATCH_NORMS, CONVS, INSTANCE_NORMS, TRANSPOSED, attribute, evaluated, is_plain, overrides
 from dspfx.graph.ops import RULES
 
 LEAF_TYPES: tuple[type[nn.Module], ...] = (
@@ -196,8 +196,8 @@ class ShapeTracer(fx.Tracer):
             return self.example.get(str(node.target).lstrip("*"), _UNKNOWN)
         if node.op == "output" or any("val" not in n.meta for n in node.all_input_nodes):
             return _UNKNOWN
-        args = fx.map_arg(node.args, lambda n: n.meta["val"])
-        kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+        args = tuple(evaluated(arg, lambda n: n.meta["val"]) for arg in node.args)
+        kwargs = {key: evaluated(arg, lambda n: n.meta["val"]) for key, arg in node.kwargs.items()}
         self._evaluating = True
         try:
             with self.mode, torch.no_grad():
@@ -208,7 +208,7 @@ class ShapeTracer(fx.Tracer):
                     module = self.root.get_submodule(str(node.target))
                     is_norm = is_plain(module, BATCH_NORMS) and len(args) == 1  # its fake arithmetic: half of a trace
                     if is_norm or RULES.get(type(module)) == "elementwise":  # which may depend on data inside
-                        return torch.empty_like(args[0])  # type: ignore[arg-type]
+                        return torch.empty_like(args[0])
                     return module(*args, **kwargs)
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
