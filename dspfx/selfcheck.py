@@ -25,6 +25,7 @@ from dspfx.pipeline import lower, prepare
 
 TOLERANCE = 1e-9
 _SHARE_DROPPED = 0.6
+_ANY_NORM = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _BATCHES = (1, 5)
 _TINY = 1e-3
 
@@ -179,6 +180,8 @@ def calibrate(gm: Network) -> None:
 
 def _calibrate(part: TracedModule, batch: int) -> None:
     norms = _norms(part)
+    if not any(isinstance(m, _ANY_NORM) for m in part.modules()):
+        _scale_layers(part)
     modes = [(m, m.training) for m in part.modules()]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -197,6 +200,27 @@ def _calibrate(part: TracedModule, batch: int) -> None:
     part.train(modes[0][1])
     for module, mode in modes:
         module.training = mode
+
+
+def _scale_layers(part: TracedModule) -> None:
+    """Without any norm, every layer's output is brought to a spread of one, or biases would drown the input."""
+
+    def scale(layer: Any, args: Any, out: Tensor) -> Tensor:
+        spread = out.std() if out.numel() > 1 else out.new_ones(())
+        if not 0 < float(spread) < float("inf"):
+            return out
+        for value in (layer.weight, layer.bias):
+            if value is not None:
+                value.div_(spread)
+        return out / spread
+
+    layers = [m for m in part.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    hooks = [layer.register_forward_hook(scale) for layer in layers]
+    args, kwargs = random_inputs(part, max(2, samples(part.meta["inputs"])))
+    with torch.no_grad():
+        part(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
 
 
 def _norms(gm: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
