@@ -11,12 +11,11 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from dspfx.graph.layers import has_hooks, is_plain
+from dspfx.graph.layers import BATCH_NORMS, has_hooks, is_plain
 from dspfx.graph.traced import Model, TracedModule, parts_of
 from dspfx.modules import replace_module
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fold_batchnorm(model: Model) -> Model:
@@ -29,7 +28,7 @@ def fold_batchnorm(model: Model) -> Model:
 def _fold(gm: TracedModule) -> None:
     calls = Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
     for node in list(gm.graph.nodes):
-        if node.op != "call_module" or type(gm.get_submodule(str(node.target))) not in _NORMS:
+        if node.op != "call_module" or type(gm.get_submodule(str(node.target))) not in BATCH_NORMS:
             continue
         source = node.args[0] if node.args else None
         if source is None or source.op != "call_module" or len(source.users) != 1:

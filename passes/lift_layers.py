@@ -2,7 +2,9 @@
 
 F.conv2d(x, self.w, self.b)                 ->  w_layer (Conv2d)
 F.conv2d(x, standardise(self.weight))       ->  conv_layer (Conv2d), its weight computed once
-FrozenBatchNorm2d, parametrized layers      ->  BatchNorm2d, the layer with its weight computed once
+a parametrized layer                        ->  the layer, its weight computed once
+
+What stays a function is what no module does in both modes: a batch norm that never trains.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from torchvision.ops import FrozenBatchNorm2d
 
-from dspfx.graph.layers import FUNCTIONAL, Layer, arguments, attribute, is_constant, is_plain, layer_of
+from dspfx.graph.layers import FUNCTIONAL, Layer, arguments, attribute, is_constant, layer_of
 from dspfx.graph.trace import has_effect
 from dspfx.graph.traced import Model, TracedModule, TrainingFlag, parts_of
 from dspfx.modules import replace_module, retyped
@@ -44,11 +45,6 @@ def _lift(gm: TracedModule) -> None:
     for name, module in list(gm.named_modules()):
         if parametrize.is_parametrized(module):
             replace_module(gm, name, _plain(module))
-        elif is_plain(module, (FrozenBatchNorm2d,)):
-            stats = {"running_mean": module.running_mean, "running_var": module.running_var}
-            tensors = {"weight": module.weight, "bias": module.bias, **stats}
-            norm = _filled(nn.BatchNorm2d(len(module.weight), module.eps, device="meta"), tensors)
-            replace_module(gm, name, norm.eval())
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in FUNCTIONAL:
             continue
@@ -83,7 +79,8 @@ def _plain(module: Any) -> nn.Module:
     kind = type(module).__mro__[1]
     plain = retyped(module, kind)
     for key in module.parametrizations:
-        plain._parameters[key] = nn.Parameter(getattr(module, key).detach(), requires_grad=False)
+        value = getattr(module, key)
+        plain._parameters[key] = nn.Parameter(value.detach(), requires_grad=value.requires_grad)
     del plain._modules["parametrizations"]
     return plain
 
@@ -99,6 +96,8 @@ def _module(gm: TracedModule, node: fx.Node) -> nn.Module | None:
         return _weighted(node, given, tensors)
     shape = node.meta["val"].shape
     affine = layer.weight != "" or layer.bias != ""
+    if node.target is F.batch_norm and given.get("training", False) is False:
+        return None
     if layer.family == "norm":
         kinds = _BATCH_NORMS if node.target is F.batch_norm else _INSTANCE_NORMS
         kind: Any = kinds[len(shape)]
@@ -148,7 +147,7 @@ def _filled(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
             dtype = like.dtype if held.is_floating_point() else held.dtype
             value = torch.full(held.shape, float(key == "weight"), dtype=dtype, device=like.device)
         if key in module._parameters and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value.detach().clone(), requires_grad=False)
+            value = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
         setattr(module, key, value)
     return module
 

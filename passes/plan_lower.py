@@ -13,7 +13,7 @@ from dspfx.errors import ModelError
 from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import Reads, liveness, unique_rows
-from dspfx.graph.simulate import keep_widths, pin_nodes, simulate
+from dspfx.graph.simulate import keep_widths, pin_broken, simulate
 from dspfx.graph.traced import parts_of
 from dspfx.plans import Group, LoweredLayer, LowerPlan
 
@@ -50,7 +50,7 @@ def plan_lower(model: nn.Module, channels: ChannelGraph, width_multiple: int = 1
         broken = [fault for part in parts for fault in simulate(part, channels, part.graph, removed).broken]
         if not broken:
             break
-        pin_nodes(channels, broken)
+        pin_broken(channels, broken, removed)
     costs = layer_costs(model)
     return LowerPlan(
         tuple(

@@ -117,6 +117,8 @@ def _cut_layer(model: nn.Module, step: Step, cuts: _Cuts, out: Tensor, source: T
         cuts.cut(model, layer.weight, {0: source if layer.transposed else out})
     else:
         cuts.cut(model, layer.weight, {0: source, 1: out} if layer.transposed else {0: out, 1: source})
+    if step.node.op != "call_module":  # a function that reads its tensors alone
+        return
     module: Any = model.get_submodule(layer.name)
     if step.kind == "norm":
         module.num_features = len(out)

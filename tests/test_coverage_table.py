@@ -106,7 +106,6 @@ def test_row_of_a_network_that_passes() -> None:
     conv = 8 * 8 * 9
     macs = {"first": 3 * 6 * conv, "second": 6 * 8 * conv, "head": 8 * 4}
     assert row["gated"] == pytest.approx(macs["second"] / sum(macs.values()))
-    assert row["conv_gated"] == pytest.approx(macs["second"] / (macs["first"] + macs["second"]))
     assert row["conv_prunable"] == 1.0
     assert 0 < row["flops_left"] < 1
     assert row["error"] <= 1e-9

@@ -67,13 +67,25 @@ def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Te
             elif node.users and all(is_move(gm, user) for user in node.users):
                 skipped.add(node)
             else:
-                outcome.broken.append((node, RAGGED if ragged else LITERAL))
+                reason = RAGGED if ragged else LITERAL
+                outcome.broken += [(one, reason) for one in (node, *_skipped_before(node, skipped))]
         elif ragged:
             outcome.broken.append((node, RAGGED))
             env[node] = full
         elif any(env[n] != channels.values[n] for n in node.all_input_nodes if not tensors_in(channels.values[n])):
             outcome.broken.append((node, COUNTED))
     return outcome
+
+
+def _skipped_before(node: fx.Node, skipped: set[fx.Node]) -> list[fx.Node]:
+    """The movements before `node` that broke, and of which it should have been the end."""
+    found = dict.fromkeys(n for n in node.all_input_nodes if n in skipped)
+    pending = list(found)
+    while pending:
+        more = [n for n in pending.pop().all_input_nodes if n in skipped and n not in found]
+        found.update(dict.fromkeys(more))
+        pending += more
+    return list(found)
 
 
 def keep_widths(channels: ChannelGraph, removable: Tensor, multiple: int = 1) -> Tensor:
@@ -97,8 +109,20 @@ def pin_what_breaks(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph) -> N
     generator = torch.Generator().manual_seed(0)
     for share in (0.3, 0.6):
         chosen = (torch.rand(channels.num_wires, generator=generator) < share)[channels.root]
-        while broken := simulate(gm, channels, graph, keep_widths(channels, chosen & ~channels.pinned())).broken:
-            pin_nodes(channels, broken)
+        while True:
+            removed = keep_widths(channels, chosen & ~channels.pinned())
+            broken = simulate(gm, channels, graph, removed).broken
+            if not broken:
+                break
+            pin_broken(channels, broken, removed)
+
+
+def pin_broken(channels: ChannelGraph, broken: list[tuple[fx.Node, str]], removed: Tensor) -> None:
+    """Pins what broke; where that holds none of the `removed` channels, all of them, so that trying again ends."""
+    pin_nodes(channels, broken)
+    if not bool((removed & channels.pinned()).any()):
+        node, reason = broken[0]
+        channels.pin(removed.nonzero().flatten(), Pin.at(node, reason))
 
 
 def pin_nodes(channels: ChannelGraph, broken: list[tuple[fx.Node, str]]) -> None:

@@ -89,6 +89,7 @@ _LAYERS: tuple[type[nn.Module], ...] = (
 LAYERS: dict[str, type[nn.Module]] = {
     **{f"torch.nn.{layer.__name__}": layer for layer in _LAYERS},
     "torchvision.LayerNorm2d": LayerNorm2d,
+    "torchvision.FrozenBatchNorm2d": torchvision.ops.FrozenBatchNorm2d,
     "dspfx.GroupConv2d": GroupConv2d,
     "dspfx.SparseNorm": SparseNorm,
     "dspfx.TrainingFlag": TrainingFlag,

@@ -157,3 +157,24 @@ def test_any_removal_of_unpinned_channels_survives_or_is_noticed(name: str) -> N
                 before = int(channels.pinned().sum())
                 pin_nodes(channels, found)
                 assert int(channels.pinned().sum()) > before  # it ends
+
+
+class Stacked(nn.Module):
+    """Two layers stacked, one of them picked out again: what breaks lies before what is broken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.tail = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        y = F.relu(self.b(x))
+        picked = torch.stack((y, x), 1)[:, 0]
+        return self.tail(torch.stack([picked, y], 1).flatten(1, 2).mean((2, 3)))
+
+
+def test_what_breaks_before_a_broken_chain_is_held_too() -> None:
+    channels = analyse(trace(Stacked(), torch.zeros(2, 3, 4, 4)))
+    steps = {step.name: step for step in channels.steps if step.kind == "conv"}
+    assert channels.pinned()[steps["a"].out].all()
+    assert channels.pinned()[steps["b"].out].all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,17 +49,47 @@ def test_computed_weights_are_computed_once() -> None:
     model = nn.Sequential(Standardised(3, 6, 3, padding=1), nn.ReLU(), Standardised(6, 4, 1, bias=False))
     gm = lifted(model, torch.zeros(2, 3, 5, 5))
     assert [n.op for n in gm.graph.nodes] == ["placeholder", "call_module", "call_module", "call_module", "output"]
-    assert not any(p.requires_grad for p in gm.parameters() if p.dim() == 4)
+    assert all(p.requires_grad for p in gm.parameters())
 
 
-def test_frozen_norms_and_parametrized_layers() -> None:
-    frozen = FrozenBatchNorm2d(6)
-    for buffer in frozen.buffers():
-        buffer.uniform_(0.5, 1.5)
+def test_parametrized_layers() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3))
-    gm = lifted(nn.Sequential(normed, frozen), torch.zeros(2, 3, 5, 5))
-    assert [type(m) for m in gm.children()] == [nn.Conv2d, nn.BatchNorm2d]
-    assert set(dict(gm.named_parameters())) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    gm = lifted(nn.Sequential(normed, nn.ReLU()), torch.zeros(2, 3, 5, 5))
+    assert [type(m) for m in gm.children()] == [nn.Conv2d, nn.ReLU]
+    assert {name: p.requires_grad for name, p in gm.named_parameters()} == {"0.weight": True, "0.bias": True}
+
+
+class Frozen(nn.Module):
+    """A norm that never trains, as a function, behind one that is torchvision's."""
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.frozen, self.body = nn.Conv2d(3, 6, 1), FrozenBatchNorm2d(6), nn.Conv2d(6, 6, 1)
+        self.register_buffer("mean", torch.randn(6))
+        self.register_buffer("var", torch.rand(6) + 0.5)
+        for buffer in self.frozen.buffers():
+            buffer.uniform_(0.5, 1.5)
+        self.tail = nn.Conv2d(6, 2, 1)
+        with torch.no_grad():
+            self.stem.weight[:2], self.stem.bias[:2] = 0, 0  # type: ignore[index]
+            self.tail.weight[:, 4:] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(F.relu(self.frozen(self.stem(x))))
+        return self.tail(F.batch_norm(x, self.mean, self.var))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_frozen_norms_lose_channels_and_stay_frozen(fold: bool) -> None:
+    model = Frozen().double()
+    small = lower(model, torch.zeros(2, 3, 5, 5, dtype=torch.float64), fold=fold)
+    assert small.get_parameter("body.weight").shape[0] == 4
+    inputs = (torch.randn(4, 3, 5, 5, dtype=torch.float64),)
+    for training in (False, True):
+        assert error(run(model.train(training), inputs), run(small.train(training), inputs)) < 1e-13
 
 
 def test_shared_weights_stay_shared() -> None:

@@ -20,7 +20,6 @@ from dspfx.coverage import Coverage
 from dspfx.errors import BudgetError, DspfxError, StorageError
 from dspfx.graph.traced import parts_of
 from tools.sweep.cases import Case
-from tools.sweep.shares import conv_shares
 
 Row = dict[str, Any]
 PRUNED = 0.25  # of what is gated, before the round trips through a file
@@ -82,7 +81,9 @@ def _prepare(row: Row, model: nn.Module, inputs: Any) -> nn.Module:
     report = dspfx.coverage(gm)
     layers = len(report.plan.layers)
     row |= {"gated_layers": layers, "layers": layers + len(report.plan.skipped)}
-    row |= {"gated": report.gated, "prunable": report.prunable, **conv_shares(gm, report)}
+    row |= {"gated": report.gated, "prunable": report.prunable}
+    has_conv = any(isinstance(m, nn.modules.conv._ConvNd) for m in gm.modules())
+    row["conv_prunable"] = report.convs_prunable if has_conv else None
     row["pins"] = _reasons(report)
     return gm
 
