@@ -31,3 +31,7 @@ class MismatchError(DspfxError):
 
 class StorageError(DspfxError):
     """A file is missing, truncated, of a newer version, or belongs to another model."""
+
+
+class RuntimeBuildError(DspfxError):
+    """A runtime, or the export on the way to it, rejects the network; the message's last line says why."""

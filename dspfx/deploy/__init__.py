@@ -1,1 +1,1 @@
-"""Running networks outside training: timing now, runtimes later."""
+"""Running networks outside training: in other runtimes, and against the clock."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
 from dspfx.deploy.machine import describe_machine
-from dspfx.errors import ConfigError, InputError
-from dspfx.graph.inputs import describe_inputs
-from dspfx.graph.modes import evaluating
+from dspfx.deploy.quiet import torch_threads
+from dspfx.deploy.runtimes import build, describe_runtime, find_runtime
+from dspfx.errors import ConfigError, InputError, MismatchError, RuntimeBuildError
 
 WARM_UP = 3  # calls of each network before anything counts
 SAMPLE_SECONDS = 0.005  # a fast network is called more than once a sample, or the clock would be what is measured
@@ -54,35 +53,46 @@ class Results(dict[str, Result]):
         return f"{tabulate(rows, headers, colalign=align, disable_numparse=True)}\n{self.setting}"
 
 
-def benchmark(models: Mapping[str, nn.Module], example_inputs: Any, *, rounds: int = 30, threads: int = 1) -> Results:
-    """Times networks in PyTorch's eager mode, in eval mode; every round calls each of them, in alternating order.
+def benchmark(
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    *,
+    runtime: str = "eager",
+    rounds: int = 30,
+    threads: int = 1,
+) -> Results:
+    """Times networks in one runtime, in eval mode; every round calls each of them, in alternating order.
 
     Args:
         models: networks by name, on one device; the first is the one that the others are compared with.
         example_inputs: as for `prepare`, for all networks; the batch is what they are timed with.
+        runtime: "eager", "inductor", "onnxruntime" or "openvino", see `dspfx.deploy.runtimes.build`.
         rounds: samples of each network, at least 2.
-        threads: CPU threads of torch while it measures.
+        threads: CPU threads of the runtime while it measures.
 
     Returns:
         name -> Result, which has `.median_ms`, `.ratio` and `.spread`.
 
     Raises:
-        ConfigError: no network, or too few rounds or threads.
+        ConfigError: no network, too few rounds or threads, or a runtime that is unknown or not installed.
         InputError: networks or inputs on different devices, or a network does not run on the inputs.
+        RuntimeBuildError: the runtime rejects one of the networks.
+        MismatchError: one of the networks computes something else in this runtime than in eager mode.
     """
     if not models:
         raise ConfigError('benchmark got no network; give at least one by name: {"dense": model}.')
     if rounds < 2 or threads < 1:
         raise ConfigError(f"benchmark got rounds={rounds} and threads={threads}; give at least 2 rounds and 1 thread.")
+    find_runtime(runtime)
     device = _device(models)
     inputs = Inputs.of(example_inputs)
-    for model in models.values():
-        describe_inputs(model, inputs)
-    with _threads(threads), evaluating(models.values()), torch.inference_mode():
-        samples = _measure({name: _call(model, inputs, device) for name, model in models.items()}, rounds)
+    built = {name: _build(runtime, name, model, inputs, threads) for name, model in models.items()}
+    with torch_threads(threads), torch.inference_mode():
+        samples = _measure({name: _call(network, inputs, device) for name, network in built.items()}, rounds)
     shapes = [tuple(x.shape) for x in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]
     shape = ", ".join("x".join(map(str, s)) for s in shapes)
-    return Results(compare(samples), f"input {shape}, {rounds} rounds; {describe_machine(device, threads)}")
+    setting = f"input {shape}, {rounds} rounds; {describe_runtime(runtime)}, {describe_machine(device, threads)}"
+    return Results(compare(samples), setting)
 
 
 def compare(samples: Mapping[str, list[float]]) -> dict[str, Result]:
@@ -94,6 +104,14 @@ def compare(samples: Mapping[str, list[float]]) -> dict[str, Result]:
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         results[name] = Result(1e3 * statistics.median(seconds), middle, high - low)
     return results
+
+
+def _build(runtime: str, name: str, model: nn.Module, inputs: Inputs, threads: int) -> nn.Module:
+    """See `build`; an error about the model says which one it is."""
+    try:
+        return build(runtime, model, inputs, threads)
+    except (RuntimeBuildError, MismatchError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _measure(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -142,13 +160,3 @@ def _device(models: Mapping[str, nn.Module]) -> torch.device:
 
 def _first_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,65 @@
+"""ONNX Runtime and OpenVINO, each started from an ONNX file: NumPy arrays in, NumPy arrays out."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = list[np.ndarray]
+Engine = Callable[[Arrays], Arrays]
+
+
+def start_onnxruntime(path: Path, names: list[str], threads: int) -> Engine:
+    """A session on the CPU with all graph optimisations; it takes every batch that the file takes."""
+    ort = importlib.import_module("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4  # errors are raised; printed as well, they would be said twice
+    # Threads that keep spinning after a call would take the processor from whoever is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(arrays: Arrays) -> Arrays:
+        found: Arrays = session.run(None, dict(zip(names, arrays, strict=True)))
+        return found
+
+    return run
+
+
+class OpenVino:
+    """A model on the CPU for latency, in float32; compiled once for each batch it meets, so that shapes are static."""
+
+    def __init__(self, path: Path, names: list[str], threads: int) -> None:
+        openvino = importlib.import_module("openvino")
+        self.core = openvino.Core()
+        self.core.set_property({"ENABLE_MMAP": False})  # the file goes before the model does
+        self.model = self.core.read_model(path)
+        self.names = names
+        self.shape = openvino.PartialShape
+        self.options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
+            "ENABLE_CPU_PINNING": False,  # a core that others use, too, would be the only one
+        }
+        self.requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def __call__(self, arrays: Arrays) -> Arrays:
+        shapes = tuple(x.shape for x in arrays)
+        request = self.requests.get(shapes)
+        if request is None:
+            request = self.requests[shapes] = self._compile(shapes)
+        found = request.infer(arrays, share_inputs=True)
+        return [found[i] for i in range(len(self.model.outputs))]
+
+    def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        self.model.reshape({name: self.shape(list(shape)) for name, shape in zip(self.names, shapes, strict=True)})
+        return self.core.compile_model(self.model, "CPU", self.options).create_infer_request()
