@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dspfx.config import DEFAULT_GATES, GateConfig, Inputs
-from dspfx.errors import MismatchError
+from dspfx.errors import InputError, MismatchError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import materialise
 from dspfx.graph.samples import samples
@@ -40,7 +40,7 @@ class SelfcheckReport:
         flops_left: remaining fraction of MACs under the random plan.
         flops_run: fraction of MACs that the lowered network executes.
         error: largest difference masked against lowered in float64, relative to the output's scale.
-        float_error: the same in float32.
+        float_error: the same in float32; NaN for a model whose code branches on its precision.
         rounding: what float32 alone makes of the masked network: its distance from float64, as above.
         response: relative change of the output between two random inputs; near zero the comparison proves little.
         batches: batch sizes compared, of each traced part.
@@ -85,7 +85,10 @@ def selfcheck(
         torch.manual_seed(seed)
         with _Double():
             checked = _check(model, example_inputs, config)
-        float_error, rounding = _compare_floats(checked.pairs)
+        try:
+            float_error, rounding = _compare_floats(checked.pairs)
+        except InputError:  # the model branches on its own precision
+            float_error = rounding = float("nan")
     return SelfcheckReport(float_error=float_error, rounding=rounding, **checked.figures)
 
 
@@ -206,7 +209,7 @@ def _scale_layers(part: TracedModule) -> None:
     """Without any norm, every layer's output is brought to a spread of one, or biases would drown the input."""
 
     def scale(layer: Any, args: Any, out: Tensor) -> Tensor:
-        spread = out.std() if out.numel() > 1 else out.new_ones(())
+        spread = out.std(correction=0)
         if not 0 < float(spread) < float("inf"):
             return out
         for value in (layer.weight, layer.bias):
@@ -216,9 +219,7 @@ def _scale_layers(part: TracedModule) -> None:
 
     layers = [m for m in part.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
     hooks = [layer.register_forward_hook(scale) for layer in layers]
-    args, kwargs = random_inputs(part, max(2, samples(part.meta["inputs"])))
-    with torch.no_grad():
-        part(*args, **kwargs)
+    _run(part, random_inputs(part, max(2, samples(part.meta["inputs"]))))
     for hook in hooks:
         hook.remove()
 

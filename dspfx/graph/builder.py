@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from dspfx.graph.channels import ChannelGraph, Pin, Step, tensors_in
 from dspfx.graph.layers import TENSORS, attribute
-from dspfx.graph.wires import along, compress, spread, thin
+from dspfx.graph.wires import along, compress, distinct, spread, thin
 
 
 class Builder:
@@ -121,12 +121,12 @@ class Builder:
 
     def taint(self, tensors: list[Tensor]) -> None:
         """The values of these classes are never taken for constants."""
-        self._tainted += [t.unique() for t in tensors]
+        self._tainted += [distinct(t, self.count) for t in tensors]
 
     def opaque(self, node: fx.Node, args: Any, reason: str, remedy: str = "") -> Any:
         """What no rule knows: the channels it reads are pinned, and so are those it makes."""
         for wires in tensors_in(args):
-            self.pin(wires.flatten() if wires.is_contiguous() else wires.unique(), node, reason, remedy)
+            self.pin(distinct(wires, self.count), node, reason, remedy)
         return self.constant(node, reason, remedy)
 
     def constant(self, node: fx.Node, reason: str, remedy: str = "") -> Any:

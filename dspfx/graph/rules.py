@@ -30,7 +30,7 @@ from dspfx.graph.ops import (
     REDUCTIONS,
     RULES,
 )
-from dspfx.graph.wires import compress, spread, thin
+from dspfx.graph.wires import compress, distinct, spread, thin
 
 NAN = float("nan")
 
@@ -43,7 +43,7 @@ def apply_rule(b: Builder, node: fx.Node) -> Any:
     kwargs = fx.map_arg(node.kwargs, lambda n: b.graph.values[n])
     if node.op == "output":
         for wires in tensors_in(list(args)):
-            b.pin(wires.unique(), node, "it is an output of the model")
+            b.pin(distinct(wires, b.count), node, "it is an output of the model")
         return None
     tensor = stored(b.part, node)
     is_vector = tensor is not None and sum(size > 1 for size in tensor.shape) == 1

@@ -14,7 +14,7 @@ from dspfx.graph.channels import ChannelGraph, Pin, tensors_in
 from dspfx.graph.moves import Call, channel_pads, is_move, run_move
 from dspfx.graph.select import select_channels
 from dspfx.graph.tracer import expect
-from dspfx.graph.wires import along, delete
+from dspfx.graph.wires import along, delete, distinct
 
 LITERAL = "a size written into the model fixes the number of channels here"
 RAGGED = "the channels that would go do not form a block of this tensor"
@@ -56,6 +56,8 @@ def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Te
                 outcome.repairs[node] = expect, (node.args[0], env[node.args[0]], node.args[2]), {}
         elif is_move(gm, node):
             follows = not ragged and not any(n in skipped for n in node.all_input_nodes)
+            if follows and all(_is_unchanged(env[n], channels.values[n]) for n in node.all_input_nodes):
+                continue
             if follows and _agrees(gm, channels, node, None, env, env[node]):
                 continue
             repair = _repair(channels, node, removed, env[node]) if follows else None
@@ -77,6 +79,13 @@ def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Te
     return outcome
 
 
+def _is_unchanged(left: Any, whole: Any) -> bool:
+    """True where nothing was removed, which leaves the very tensors."""
+    if isinstance(whole, (tuple, list)) and type(whole) is not torch.Size:
+        return len(left) == len(whole) and all(_is_unchanged(a, b) for a, b in zip(left, whole, strict=True))
+    return left is whole or (not tensors_in(whole) and left == whole)
+
+
 def _skipped_before(node: fx.Node, skipped: set[fx.Node]) -> list[fx.Node]:
     """The movements before `node` that broke, and of which it should have been the end."""
     found = dict.fromkeys(n for n in node.all_input_nodes if n in skipped)
@@ -89,15 +98,16 @@ def _skipped_before(node: fx.Node, skipped: set[fx.Node]) -> list[fx.Node]:
 
 
 def keep_widths(channels: ChannelGraph, removable: Tensor, multiple: int = 1) -> Tensor:
-    """`removable` less what keeps every layer at least one channel wide and, if it can be, a multiple of `multiple`."""
+    """`removable` less what keeps every layer, and what every operation computes from (the parts of a split), at least
+    one channel wide; and a layer, if it can be, a multiple of `multiple`."""
     removed = removable.clone()
     for step in channels.steps:
-        if step.layer is None:
+        if step.layer is None and step.kind != "map":
             continue
-        for wires in (step.out, step.ins[0]):
+        for wires in (step.out, step.ins[0]) if step.layer else (step.out,):
             gone = removed[wires]
             left = int((~gone).sum())
-            lacking = max(1, -(-left // multiple) * multiple) - left
+            lacking = (max(1, -(-left // multiple) * multiple) if step.layer else 1) - left
             if lacking > 0 and bool(gone.any()):
                 roots = channels.root[wires[gone]].unique()[:lacking]
                 removed[torch.isin(channels.root, roots)] = False
@@ -129,7 +139,7 @@ def pin_nodes(channels: ChannelGraph, broken: list[tuple[fx.Node, str]]) -> None
     """Pins every channel that the broken nodes move or whose number they read; at least one class a node."""
     for node, reason in broken:
         for wires in tensors_in([channels.values[n] for n in (node, *_tensor_sources(channels, node))]):
-            channels.pin(wires.unique(), Pin.at(node, reason))
+            channels.pin(distinct(wires, channels.num_wires), Pin.at(node, reason))
 
 
 def _tensor_sources(channels: ChannelGraph, node: fx.Node) -> list[fx.Node]:

@@ -181,8 +181,9 @@ class ShapeTracer(fx.Tracer):
 
         def setattr_(module: nn.Module, name: str, value: Any) -> None:
             held = module._buffers.get(name) if "_buffers" in module.__dict__ else None
-            if held is None or not isinstance(value, fx.Proxy):
-                return assign(module, name, value)
+            known = value.node.meta.get("val") if isinstance(value, fx.Proxy) else None
+            if held is None or not isinstance(known, Tensor) or known.shape != held.shape:
+                return assign(module, name, value)  # of another shape it is a cache, which is made anew at every call
             buffer = getattr(module, name)  # a proxy, as everywhere in the model's forward
             source: Any = value.node.args[0] if value.node.target in _IN_PLACE else None
             if source is None or source.target != buffer.node.target:

@@ -41,12 +41,20 @@ def along(wires: Tensor, axis: int) -> Tensor | None:
 
 
 def compress(wires: Tensor) -> Tensor:
-    """The same values, as an expanded view where the tensor is in channel form along its second or last axis."""
-    for axis in {1, wires.dim() - 1} if wires.dim() > 1 else ():
-        vector = along(wires, axis)
-        if vector is not None:
-            return spread(vector, wires.shape, axis)
-    return wires
+    """The same values, as a view that is expanded along every axis on which they do not differ."""
+    small = thin(wires)
+    for axis in range(small.dim()):
+        first = small.narrow(axis, 0, 1) if small.shape[axis] else small
+        if small.shape[axis] > 1 and bool((small == first).all()):
+            small = first
+    return small.contiguous().expand(wires.shape)
+
+
+def distinct(wires: Tensor, count: int) -> Tensor:
+    """The different wires of a tensor, in order; `count` is more than the largest. Nothing is sorted."""
+    present = torch.zeros(count, dtype=torch.bool)
+    present[thin(wires).reshape(-1)] = True
+    return present.nonzero().flatten()
 
 
 def delete(wires: Tensor, removed: Tensor) -> Tensor | None:

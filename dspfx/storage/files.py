@@ -205,10 +205,13 @@ def _check_fit(path: Path, model: nn.Module, owner: str, plan: GatePlan, tensors
     """StorageError unless model and gate plan have exactly the file's keys and shapes."""
     kind = type(model).__name__
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for spec in plan.layers:
-        expected[f"{spec.name}.gate_logits"] = (spec.groups, spec.out_channels)
-        expected[f"{spec.name}.gate_group"] = (spec.out_channels,)
-        expected[f"{spec.name}.gate_keep"] = (spec.groups, spec.in_channels)
+        layer = modules.get(spec.name)
+        for name in [n for n, m in modules.items() if m is layer] if layer else [spec.name]:  # all its names
+            expected[f"{name}.gate_logits"] = (spec.groups, spec.out_channels)
+            expected[f"{name}.gate_group"] = (spec.out_channels,)
+            expected[f"{name}.gate_keep"] = (spec.groups, spec.in_channels)
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in expected | found:
         if expected.get(name) != found.get(name):

@@ -119,7 +119,7 @@ def _train(gm: nn.Module, inputs: Any, case: Case) -> None:
     given = Inputs.of(inputs)
     more = (case.targets(),) if case.targets else ()
     before = [p.detach().clone() for p in gm.parameters()]
-    optimizer = torch.optim.SGD(gm.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(gm.parameters(), lr=1e-6)
     outputs = _floats(gm(*given.args, *more, **given.kwargs))
     loss = torch.stack([x.square().mean() if x.dim() else x for x in outputs]).sum()
     loss.backward()
