@@ -41,6 +41,7 @@ class OpenVino:
         self.core = openvino.Core()
         self.core.set_property({"ENABLE_MMAP": False})  # the file goes before the model does
         self.model = self.core.read_model(path)
+        _keep_reorderings(self.model, importlib.import_module("openvino.opset13"))
         self.names = names
         self.shape = openvino.PartialShape
         self.options = {
@@ -63,3 +64,25 @@ class OpenVino:
     def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
         self.model.reshape({name: self.shape(list(shape)) for name, shape in zip(self.names, shapes, strict=True)})
         return self.core.compile_model(self.model, "CPU", self.options).create_infer_request()
+
+
+def _keep_reorderings(model: Any, ops: Any) -> None:
+    """Every Gather that reorders an axis takes its indices as a matrix; what the model computes stays the same.
+
+    OpenVINO (2026.4 at least) folds a Gather by a vector that holds all channels into the next convolution's weights,
+    as it does where a preprocessing step reverses colours, but by the inverse order: the result is wrong wherever
+    the order is not its own inverse. It does not look at matrices.
+    """
+    for gather in [op for op in model.get_ops() if op.get_type_name() == "Gather"]:
+        indices, axis = (gather.input_value(i).get_node() for i in (1, 2))
+        if indices.get_type_name() != "Constant" or axis.get_type_name() != "Constant":
+            continue
+        order, position = np.asarray(indices.data), int(np.asarray(axis.data).item())
+        if order.ndim != 1 or sorted(order.tolist()) != list(range(len(order))):
+            continue
+        users = list(gather.output(0).get_target_inputs())
+        matrix = ops.gather(gather.input_value(0), ops.constant(order[None]), ops.constant(position))
+        position %= gather.output(0).get_partial_shape().rank.get_length()
+        vector = ops.squeeze(matrix, ops.constant([position]))
+        for user in users:
+            user.replace_source_output(vector.output(0))
