@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import dspfx
 from dspfx.deploy import benchmark as module
 from dspfx.deploy.benchmark import Result, benchmark, compare
-from dspfx.errors import ConfigError, InputError
+from dspfx.errors import ConfigError, InputError, RuntimeBuildError
+from tests.compare import fingerprint, unchanged
 from tests.zoo import ZOO
 
 IMAGE = torch.zeros(2, 3, 8, 8)
@@ -121,7 +122,41 @@ def test_it_prints_a_table_and_names_the_machine(clock: Clock) -> None:
     assert lines[0].split("  ")[0] == "network"
     assert lines[2].split() == ["dense", "500.000", "1.000", "0.000"]
     assert lines[3].split() == ["ours", "250.000", "0.500", "0.000"]
-    assert re.fullmatch(r"input 2x3x8x8, 2 rounds; .+, 1 thread, \w+ \w+, torch .+", lines[4])
+    assert re.fullmatch(r"input 2x3x8x8, 2 rounds; eager, .+, 1 thread, \w+ \w+, torch .+", lines[4])
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_other_runtimes_are_timed_and_named_with_their_version(runtime: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    before = fingerprint(model)
+    found = benchmark({"dense": model, "same": model}, IMAGE, runtime=runtime, rounds=2, threads=2)
+    assert list(found) == ["dense", "same"]
+    assert all(result.median_ms > 0 for result in found.values())
+    assert re.fullmatch(
+        rf"input 2x3x8x8, 2 rounds; {runtime} \d+\.\d+\.\d+, .+, 2 threads, .+, torch .+", found.setting
+    )
+    assert unchanged(before, fingerprint(model))
+
+
+def test_a_network_that_the_runtime_rejects_is_named() -> None:
+    class Fancy(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(x)
+
+    message = (
+        "fancy: onnxruntime cannot run this Fancy; use another runtime ('eager' runs everything), or change in the "
+        "model what the reason names:\n"
+    )
+    with pytest.raises(RuntimeBuildError, match=f"^{re.escape(message)}DispatchError: No ONNX function found for .+$"):
+        benchmark({"plain": nn.ReLU(), "fancy": Fancy()}, IMAGE, runtime="onnxruntime")
+
+
+def test_an_unknown_runtime_is_refused() -> None:
+    message = (
+        "runtime is 'fast', which dspfx does not know; give one of 'eager', 'inductor', 'onnxruntime', 'openvino'."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        benchmark({"model": nn.ReLU()}, IMAGE, runtime="fast")
 
 
 def test_nothing_to_time_is_refused() -> None:

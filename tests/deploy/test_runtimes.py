@@ -30,10 +30,10 @@ ENTRIES = ZOO | OTHERS
 EXPORTED = ("onnxruntime", "openvino")
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 # Groups in branches; norms that count channels that are gone; flags that follow the mode; guards; nested inputs and
-# outputs; attention; channels that are reordered.
+# outputs; channels that are reordered. All others are behind the marker "slow".
 NETWORKS = (
     *("resnet_bottleneck", "group_norm", "stochastic_depth", "shape_branch", "siamese", "named_inputs"),
-    *("auxiliary_tuple", "dict_output", "vit_by_hand", "shuffle_unit"),
+    *("dict_output", "shuffle_unit"),
 )
 # onnxruntime 1.31 does not start, openvino 2026.4 computes something else; that is noticed when they are built.
 REFUSED: dict[tuple[str, str], type[DspfxError]] = {
@@ -156,12 +156,10 @@ def test_outputs_keep_their_nesting_and_kinds(function: Any, runtime: str) -> No
 
 
 @pytest.mark.parametrize("runtime", EXPORTED)
-@pytest.mark.parametrize("order", [[1, 2, 3, 0], [3, 2, 1, 0], [2, 0, 2], [3, -4, 1, 2]])
-@pytest.mark.parametrize("axis", [1, -3])
+@pytest.mark.parametrize(("order", "axis"), [([1, 2, 3, 0], 1), ([3, 0, 1, 2], -3), ([2, 0, 2], 1)])
 def test_reordered_channels_before_a_convolution(order: list[int], axis: int, runtime: str) -> None:
     after = nn.Conv2d(len(order), 3, 3)
-    indices = torch.tensor(order) % 4
-    network = Calls(lambda y, x: after(y.index_select(axis, indices).relu())).eval()
+    network = Calls(lambda y, x: after(y.index_select(axis, torch.tensor(order)).relu())).eval()
     check_equal(build(runtime, network, IMAGES), network, IMAGES)
 
 
