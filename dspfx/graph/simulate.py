@@ -56,7 +56,7 @@ def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Te
                 outcome.repairs[node] = expect, (node.args[0], env[node.args[0]], node.args[2]), {}
         elif is_move(gm, node):
             follows = not ragged and not any(n in skipped for n in node.all_input_nodes)
-            if follows and all(_is_unchanged(env[n], channels.values[n]) for n in node.all_input_nodes):
+            if follows and all(_is_unchanged(env[n], channels.values[n]) for n in (node, *node.all_input_nodes)):
                 continue
             if follows and _agrees(gm, channels, node, None, env, env[node]):
                 continue
