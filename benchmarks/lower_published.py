@@ -75,7 +75,7 @@ def main() -> None:
         f"{cost(networks, timings)}\n\n"
         "In brackets: FLOPs as a fraction of the dense form's; the median ratio of the times within a round, and half "
         "its interquartile range. `dense, BN folded` is the same network with no zero in it: what folding alone buys. "
-        f"Eager PyTorch, {timings[1].setting.partition(', ')[2]}.\n\n"
+        f"Timed: {timings[1].setting.partition(', ')[2]}.\n\n"
         "Made by\n\n"
         f"    OMP_NUM_THREADS=1 python -m benchmarks.lower_published --rounds {options.rounds} "
         "--write docs/results/lower_published.md\n"
