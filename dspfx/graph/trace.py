@@ -27,6 +27,7 @@ from dspfx.graph.inputs import (
 from dspfx.graph.traced import TracedModule, TrainingFlag
 from dspfx.graph.tracer import ShapeTracer, attribute
 
+_PURE = ("torch.", "torchvision.ops.", "_operator.", "builtins.", "math.")
 _REMEDY = "Make that line independent of tensor values, or wrap the function with torch.fx.wrap."
 
 
@@ -101,8 +102,12 @@ def _trace_mode(root: nn.Module, inputs: Inputs, training: bool) -> fx.Graph:
 
 
 def has_effect(node: fx.Node) -> bool:
-    """True for what must stay though nobody reads it: modules with state, guards, asserts, in-place operations."""
+    """True for what must stay though nobody reads it: modules with state, guards, asserts, in-place operations, and
+    functions of others (wrapped by torch.fx.wrap), which may do anything to their arguments."""
     if node.op in ("placeholder", "output", "call_module"):
+        return True
+    owner = getattr(node.target, "__module__", None) or "torch"
+    if node.op == "call_function" and not f"{owner}.".startswith(_PURE):
         return True
     return getattr(node.target, "__name__", "") in ("expect", "_assert") or overwrites(None, node)
 

@@ -143,3 +143,34 @@ def test_parts_of_a_split(is_whole_read: bool) -> None:
     (node,) = (n for n in gm.graph.nodes if n.target == "relu_")
     assert overwrites(gm, node)
     assert is_read_later(gm, node) == is_whole_read
+
+
+def add_into(x: Tensor, y: Tensor) -> None:
+    x.add_(y)
+
+
+torch.fx.wrap("add_into")
+
+
+class Wrapped(nn.Module):
+    """A statement that calls what torch.fx does not look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.tail = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(x)
+        add_into(y, x)
+        return self.tail(y)
+
+
+def test_a_wrapped_function_may_change_its_arguments() -> None:
+    model = Wrapped().double().eval()
+    with torch.no_grad():
+        model.b.weight[2], model.b.bias[2] = 0, 0  # type: ignore[index]
+        model.tail.weight[:, 2] = 0
+    inputs = (torch.randn(2, 3, 5, 5, dtype=torch.float64),)
+    assert same(run(trace(model, inputs), inputs), run(model, inputs))
+    assert error(run(lower(model, inputs), inputs), run(model, inputs)) < 1e-14
