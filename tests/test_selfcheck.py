@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from dspfx import pipeline
 from dspfx.config import GateConfig, Inputs
+from dspfx.enliven import calibrate, random_inputs, revive
 from dspfx.errors import MismatchError
 from dspfx.graph.traced import TracedModule
 from dspfx.pipeline import prepare
-from dspfx.selfcheck import TOLERANCE, calibrate, random_inputs, revive, selfcheck
+from dspfx.selfcheck import TOLERANCE, selfcheck
 from tests.compare import error, fingerprint, run, unchanged
 from tests.zoo import ZOO
 
