@@ -94,7 +94,7 @@ class Search:
             raise ModelError(f"{model._get_name()} has no gated layer; call dspfx.prepare(model) before pruning.")
         by_score = _filter_pruned(self, channels)
         units = {
-            s.name: [channels.root[w].unique(return_inverse=True)[1] for w in (s.out, s.ins[0])]
+            s.name: [_units(channels, wires) for wires in (s.out, s.ins[0])]
             for s in reversed(channels.steps)
             if s.name in self.gated and s.kind == "conv"
         }
@@ -212,6 +212,13 @@ def _score(name: str, module: GatedLayer, energy: Energy, units: list[Tensor], f
         scores = unit_share(pairs.sum(1), group >= 0, units[0])
         filter_scores = torch.where(free | (group < 0), scores, filter_scores)
     return _Layer(name, group, channel_scores, filter_scores)
+
+
+def _units(channels: ChannelGraph, wires: Tensor) -> Tensor:
+    """int64 [n]: the number of what goes together; what is pinned goes nowhere and is read channel by channel."""
+    alone = -1 - torch.arange(len(wires))
+    roots = torch.where(channels.pinned()[wires], alone, channels.root[wires])
+    return roots.unique(return_inverse=True)[1]
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -224,3 +224,22 @@ def test_a_pinned_filter_does_not_keep_its_neighbours() -> None:
     alive = {o for group in layer.groups for o in group.filters}
     assert alive >= {0, 1, 2, 3}
     assert 6 not in alive
+
+
+def test_what_an_unknown_operation_made_is_read_channel_by_channel() -> None:
+    """All its channels are held, and a reader still drops those that it needs least."""
+
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.tail = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tail(self.body(self.stem(x).cumsum(1)))
+
+    torch.manual_seed(0)
+    gm = prepare(Sorted(), torch.zeros(1, 3, 8, 8), GateConfig(groups=2))
+    plan = prune(gm, Budget(flops=0.7))
+    (body,) = (layer for layer in plan.layers if layer.name == "body")
+    assert body.macs_left < body.macs
+    assert any(0 < len(group.channels) < 8 for group in body.groups)
