@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from dspfx.graph.builder import Builder
 from dspfx.graph.layers import attribute, stored
 from dspfx.graph.ops import FROM_ZERO
-from dspfx.graph.wires import along, spread
+from dspfx.graph.wires import along, distinct, spread
 
 NAN = float("nan")
 
@@ -40,7 +40,7 @@ def binary(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
     tied = [not _broadcast_over_channels(w, others, value.dim()) for w, others in zip(wires, full[::-1], strict=True)]
     for operand, stays in zip(wires, tied, strict=True):
         if not stays:
-            b.pin(operand.unique(), node, "it is broadcast over other channels")
+            b.pin(distinct(operand, b.count), node, "it is broadcast over other channels")
     return b.map(node, lambda v, w: function(v, w, **node.kwargs), *full, tied=tied)
 
 
