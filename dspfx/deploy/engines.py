@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,7 @@ class OpenVino:
 
     def __init__(self, path: Path, names: list[str], threads: int) -> None:
         openvino = importlib.import_module("openvino")
-        self.core = openvino.Core()
-        self.core.set_property({"ENABLE_MMAP": False})  # the file goes before the model does
-        self.model = self.core.read_model(path)
+        self.model = _core().read_model(path)
         _keep_reorderings(self.model, importlib.import_module("openvino.opset13"))
         self.names = names
         self.shape = openvino.PartialShape
@@ -63,7 +62,19 @@ class OpenVino:
 
     def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
         self.model.reshape({name: self.shape(list(shape)) for name, shape in zip(self.names, shapes, strict=True)})
-        return self.core.compile_model(self.model, "CPU", self.options).create_infer_request()
+        return _core().compile_model(self.model, "CPU", self.options).create_infer_request()
+
+
+@cache
+def _core() -> Any:
+    """OpenVINO, loaded once and never unloaded.
+
+    Its processor plugin gives the process a stack for signal handlers and takes that memory with it when it goes
+    (2026.4 at least): the next signal, such as the end of a data loader's worker, would end the process.
+    """
+    core = importlib.import_module("openvino").Core()
+    core.set_property({"ENABLE_MMAP": False})  # files go before the models do
+    return core
 
 
 def _keep_reorderings(model: Any, ops: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -332,3 +334,20 @@ def test_runtimes_are_described_with_their_versions() -> None:
     assert [describe_runtime(name) for name in ("eager", "inductor")] == ["eager", "inductor"]
     for name in EXPORTED:
         assert re.fullmatch(rf"{name} \d+\.\d+\.\d+", describe_runtime(name))
+
+
+def test_openvino_leaves_the_process_able_to_take_signals() -> None:
+    """Two networks, dropped in the order in which they were made, and then the end of a child with a handler for it."""
+    program = (
+        "import faulthandler, signal, subprocess, sys, torch\n"
+        "from dspfx.deploy.runtimes import build\n"
+        "faulthandler.enable()\n"  # a stack for signal handlers, as test runners and training programs have it
+        "signal.signal(signal.SIGCHLD, lambda *arguments: None)\n"
+        "network, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8)\n"
+        "one, two = (build('openvino', network, x) for _ in range(2))\n"
+        "del one\n"
+        "del two\n"
+        "memory = [bytearray(20000) for _ in range(1000)]\n"
+        "subprocess.run([sys.executable, '-c', 'pass'])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
