@@ -13,6 +13,7 @@ from dspfx.config import Inputs
 from dspfx.errors import InputError, RuntimeBuildError
 from dspfx.graph.samples import samples
 
+ONE_FILE = 1_900_000_000  # bytes of weights that go into one file; its format ends at 2^31
 _CONSTANTS = (bool, str, type(None))
 
 
@@ -116,7 +117,9 @@ class _Flat(nn.Module):
 
 
 def write_onnx(network: nn.Module, nesting: Nesting, path: Path) -> list[str]:
-    """Writes a network in eval mode as ONNX, its weights in a second file (so they may exceed 2 GB).
+    """Writes a network in eval mode as ONNX; weights that one file of 2 GB cannot hold go into a second one.
+
+    OpenVINO reads a second file not once but for each shape that it compiles, when it may be gone.
 
     Returns:
         The names of the file's inputs, in the order of `nesting.tensors`.
@@ -132,5 +135,6 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path) -> list[str]:
     names = [f"input{i}" for i in range(len(nesting.tensors))]
     program = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=names)
     assert program is not None
-    program.save(path, external_data=True)
+    size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
+    program.save(path, external_data=size > ONE_FILE)
     return names

@@ -351,3 +351,11 @@ def test_openvino_leaves_the_process_able_to_take_signals() -> None:
         "subprocess.run([sys.executable, '-c', 'pass'])\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("runtime", EXPORTED)
+def test_large_weights_are_there_at_every_batch(runtime: str) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 512), nn.ReLU(), nn.Linear(512, 10)).eval()  # 6 MB
+    built = build(runtime, network, torch.zeros(1, 3, 32, 32))
+    for batch in (1, 2, 5):
+        check_equal(built, network, torch.randn(batch, 3, 32, 32))
