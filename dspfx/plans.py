@@ -166,20 +166,23 @@ class LoweredLayer:
     """How one layer is rewritten.
 
     Attributes:
-        form: "dense" (one layer of the kept filters and channels) or "branches" (a convolution a group).
+        form: "dense" (one layer of the kept filters and channels), "branches" (a convolution a group) or "grouped"
+            (one convolution with `groups`, padded to equal ones).
         filters, channels: what is kept, as indices into the layer before lowering.
         groups: the branches, as indices into `filters` and `channels`; empty for "dense".
         macs, macs_left, macs_run: multiply-adds before, of the kept structure, and really executed; at batch 1.
+        ms: the milliseconds that the form was expected to take when it was chosen; None where nothing was measured.
     """
 
     name: str
-    form: Literal["dense", "branches"]
+    form: Literal["dense", "branches", "grouped"]
     filters: tuple[int, ...]
     channels: tuple[int, ...]
     groups: tuple[Group, ...]
     macs: int
     macs_left: int
     macs_run: int
+    ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class LowerPlan(Plan):
             shape = "  ".join(f"{len(g.filters)}x{len(g.channels)}" for g in layer.groups)
             dense = f"{len(layer.filters)}x{len(layer.channels)}"
             share = [f"{part / layer.macs:.1%}" if layer.macs else "-" for part in (layer.macs_left, layer.macs_run)]
-            rows.append((layer.name, layer.form, dense, shape, *share))
-        headers = ["layer", "form", "filters x channels", "branches", "FLOPs left", "FLOPs run"]
+            rows.append((layer.name, layer.form, dense, shape, *share, "" if layer.ms is None else f"{layer.ms:.3f}"))
+        headers = ["layer", "form", "filters x channels", "branches", "FLOPs left", "FLOPs run", "ms expected"]
         table = tabulate(rows, headers=headers, disable_numparse=True)
         return f"{table}\nthe lowered network runs {self.flops_run:.1%} of the FLOPs"

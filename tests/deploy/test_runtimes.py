@@ -23,7 +23,7 @@ from dspfx.deploy.runtimes import RUNTIMES, TOLERANCE, build, describe_runtime
 from dspfx.errors import ConfigError, DspfxError, InputError, MismatchError, RuntimeBuildError
 from dspfx.graph.tracer import expect
 from dspfx.modules import GroupConv2d, SparseNorm
-from dspfx.passes import plan_lower
+from dspfx.passes import choose_form
 from dspfx.pipeline import lower, prepare
 from tests.compare import fingerprint, pruned, unchanged
 from tests.zoo import OTHERS, ZOO
@@ -51,9 +51,9 @@ needs_compiler = pytest.mark.skipif(
 def small(name: str) -> nn.Module:
     """A pruned network of the zoo, lowered with every split that can be made, in float32."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_lower, "BRANCH_WIDTH", 1)
-        patch.setattr(plan_lower, "BRANCH_POSITIONS", 10**9)
-        patch.setattr(plan_lower, "BRANCH_SHARE", 1.01)
+        patch.setattr(choose_form, "BRANCH_WIDTH", 1)
+        patch.setattr(choose_form, "BRANCH_POSITIONS", 10**9)
+        patch.setattr(choose_form, "BRANCH_SHARE", 1.01)
         network: nn.Module = lower(pruned(ENTRIES[name])).float()
     return network
 
