@@ -197,6 +197,12 @@ class LowerPlan(Plan):
         dense = sum(layer.macs for layer in self.layers)
         return sum(layer.macs_run for layer in self.layers) / dense if dense else 1.0
 
+    @property
+    def ms(self) -> float | None:
+        """The milliseconds expected of all layers together; None where nothing was measured."""
+        known = [layer.ms for layer in self.layers if layer.ms is not None]
+        return sum(known) if known else None
+
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = []
         for layer in self.layers:

@@ -28,6 +28,24 @@ BRANCH_SHARE = 0.75
 
 
 @dataclass(frozen=True)
+class LowerOptions:
+    """What a lowering aims at.
+
+    Attributes:
+        multiple: widths of layers and branches are kept a multiple of this where they can be; 0 keeps every channel.
+        clock: milliseconds of a layer; None for the rule.
+        may_split: whether a layer may become several.
+    """
+
+    multiple: int = 1
+    clock: Clock | None = None
+    may_split: bool = True
+
+
+BY_RULE = LowerOptions()
+
+
+@dataclass(frozen=True)
 class Choice:
     """A form with its groups (of indices into the kept filters and channels) and the milliseconds expected of it."""
 
@@ -42,16 +60,12 @@ class Choice:
         return sum(len(g.filters) * len(g.channels) for g in self.groups)
 
 
-def choose_form(
-    conv: nn.Module, pairs: Tensor, shapes: tuple[tuple[int, ...], ...], multiple: int = 1, clock: Clock | None = None
-) -> Choice:
-    """The form of a layer of which `pairs` (bool [O, C]) are kept, called on inputs of `shapes` [N, C before, ...].
-
-    `multiple` is the number of channels that branches are widened to a multiple of.
-    """
+def choose_form(conv: nn.Module, pairs: Tensor, shapes: tuple[tuple[int, ...], ...], options: LowerOptions) -> Choice:
+    """The form of a layer of which `pairs` (bool [O, C]) are kept, called on inputs of `shapes` [N, C before, ...]."""
     dense = [case for case in (dense_case(conv, pairs, shape) for shape in shapes) if case is not None]
     can_split = isinstance(conv, nn.Conv2d) and conv.groups == 1 and 0 not in pairs.shape
-    splits = list(_groupings(pairs, multiple)) if can_split and dense else []
+    clock = options.clock
+    splits = list(_groupings(pairs, max(options.multiple, 1))) if can_split and dense and options.may_split else []
     if clock is None:
         return _by_rule(pairs, shapes, splits)
     best = Choice("dense", (), sum(map(clock, dense)) if dense else None)

@@ -18,17 +18,13 @@ from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import Reads, liveness
 from dspfx.graph.simulate import keep_widths, pin_broken, simulate
 from dspfx.graph.traced import parts_of
-from dspfx.passes.choose_form import choose_form
+from dspfx.passes.choose_form import BY_RULE, LowerOptions, choose_form
 from dspfx.plans import LoweredLayer, LowerPlan
 
 
-def plan_lower(
-    model: nn.Module, channels: ChannelGraph, width_multiple: int = 1, clock: Clock | None = None
-) -> LowerPlan:
+def plan_lower(model: nn.Module, channels: ChannelGraph, options: LowerOptions = BY_RULE) -> LowerPlan:
     """The LowerPlan of a plain network in eval mode; pins in `channels` what turns out not to be removable.
 
-    `width_multiple` keeps some dead channels so that each layer's width stays a multiple of it where it can; 0 keeps
-    all of them. With a `clock` each layer takes the form that is fastest by it, see `choose_form`.
     Raises ModelError where a weight is not finite.
     """
     steps = {step.name: step for step in reversed(channels.steps) if step.kind in ("conv", "depthwise")}
@@ -45,8 +41,8 @@ def plan_lower(
     for step in steps.values():
         made[channels.root[step.out]] = True
     while True:
-        removable = live.removable(channels) & made[channels.root] & (width_multiple > 0)
-        removed = keep_widths(channels, removable, max(width_multiple, 1))
+        removable = live.removable(channels) & made[channels.root] & (options.multiple > 0)
+        removed = keep_widths(channels, removable, max(options.multiple, 1))
         parts = parts_of(model).values()
         broken = [fault for part in parts for fault in simulate(part, channels, part.graph, removed).broken]
         if not broken:
@@ -55,7 +51,7 @@ def plan_lower(
     costs = layer_costs(model)
     return LowerPlan(
         tuple(
-            _plan_layer(model, steps[name], reads.get(name), removed, cost, max(width_multiple, 1), clock)
+            _plan_layer(model, steps[name], reads.get(name), removed, cost, options)
             for name, cost in costs.items()
             if name in steps
         )
@@ -68,8 +64,7 @@ def _plan_layer(
     read: Reads | None,
     removed: Tensor,
     cost: LayerCost,
-    multiple: int,
-    clock: Clock | None,
+    options: LowerOptions,
 ) -> LoweredLayer:
     layer = model.get_submodule(step.name)
     filters = (~removed[step.out]).nonzero().flatten()
@@ -77,12 +72,12 @@ def _plan_layer(
         channels = filters[:0] if read is None else (~removed[step.ins[0]]).nonzero().flatten()
         run = len(filters) * cost.in_channels * cost.macs_per_pair
         left = run if read is None else int(read.pairs()[filters][:, channels].sum()) * cost.macs_per_pair
-        ms = None if clock is None else _grouped_ms(layer, cost, len(filters), clock)
+        ms = None if options.clock is None else _grouped_ms(layer, cost, len(filters), options.clock)
         kept = tuple(filters.tolist()), tuple(channels.tolist())
         return LoweredLayer(step.name, "dense", *kept, (), cost.macs, left, run, ms)
     channels = (~removed[step.ins[0]]).nonzero().flatten()
     pairs = read.pairs()[filters][:, channels]
-    choice = choose_form(layer, pairs, cost.input_shapes, multiple, clock)
+    choice = choose_form(layer, pairs, cost.input_shapes, options)
     left, run = (count * cost.macs_per_pair for count in (int(pairs.sum()), choice.pairs(*pairs.shape)))
     kept = tuple(filters.tolist()), tuple(channels.tolist())
     return LoweredLayer(step.name, choice.form, *kept, choice.groups, cost.macs, left, run, choice.ms)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from platformdirs import user_cache_path
 from tqdm import tqdm
@@ -25,11 +21,10 @@ from dspfx.deploy.layer_onnx import write_layer
 from dspfx.deploy.machine import describe_machine
 from dspfx.deploy.quiet import quiet, torch_threads
 from dspfx.deploy.runtimes import describe_runtime, find_runtime
+from dspfx.deploy.timing import complete, time_alone
 from dspfx.forms import FormCase, build_form
 
 FORMAT = 1  # of the files, and of how their values are measured
-SAMPLES = 12
-SAMPLE_SECONDS = 0.001  # a fast layer is called more than once a sample
 # Inductor compiles for seconds what it then runs with the kernels of eager mode, so eager's times stand for its own.
 MEASURED_IN = {"inductor": "eager"}
 
@@ -45,12 +40,19 @@ class CostTable:
     """
 
     def __init__(
-        self, runtime: str, device: torch.device | str = "cpu", threads: int = 1, folder: Path | None = None
+        self,
+        runtime: str,
+        device: torch.device | str = "cpu",
+        threads: int = 1,
+        dtype: torch.dtype = torch.float32,
+        folder: Path | None = None,
     ) -> None:
         find_runtime(runtime)
         self.runtime = MEASURED_IN.get(runtime, runtime)
         self.device, self.threads = torch.device(device), threads
-        self.setting = f"{describe_runtime(self.runtime)}, float32, {describe_machine(self.device, threads)}"
+        self.dtype = dtype if self.runtime == "eager" else torch.float32  # exported layers are measured in float32
+        machine = describe_machine(self.device, threads)
+        self.setting = f"{describe_runtime(self.runtime)}, {str(self.dtype).removeprefix('torch.')}, {machine}"
         name = hashlib.sha256(self.setting.encode()).hexdigest()[:16]
         self.path = (folder or user_cache_path("dspfx", appauthor=False)) / f"costs-{self.runtime}-{name}.json"
         self.times = _read(self.path, self.setting)
@@ -97,11 +99,11 @@ class CostTable:
         self._stored = len(self.times)
 
     def _measure(self, case: FormCase) -> float:
-        module = build_form(case).eval().to(self.device)
+        module = build_form(case).eval().to(self.device, self.dtype)
         with torch_threads(self.threads), torch.inference_mode(), quiet():
             if self.runtime == "eager":
-                x = torch.randn(case.shape, device=self.device)
-                return 1e3 * time_call(_synchronised(lambda: module(x), self.device))
+                x = torch.randn(case.shape, device=self.device, dtype=self.dtype)
+                return 1e3 * time_alone(complete(lambda: module(x), self.device))
             seconds = self._time_file(module, case.shape)
             if len(case.shape) == 4 and case.kind != "Linear":
                 frame = f"frame|{'x'.join(map(str, case.shape))}"
@@ -116,33 +118,8 @@ class CostTable:
             outer = write_layer(module, shape, path)
             start: Any = start_onnxruntime if self.runtime == "onnxruntime" else OpenVino
             engine = start(path, ["x"], self.threads)
-            array = np.random.default_rng(0).standard_normal(outer, dtype=np.float32)
-            return time_call(lambda: engine([array]))
-
-
-def time_call(call: Callable[[], Any], samples: int = SAMPLES) -> float:
-    """Seconds of a call: the lower quartile of some samples, since what disturbs a measurement only adds to it."""
-    first = min(_seconds(call, 1) for _ in range(3))
-    repeats = max(1, math.ceil(SAMPLE_SECONDS / max(first, 1e-9)))
-    return statistics.quantiles([_seconds(call, repeats) for _ in range(samples)], n=4)[0]
-
-
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def _synchronised(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    if device.type != "cuda":
-        return call
-
-    def waiting() -> None:
-        call()
-        torch.cuda.synchronize(device)
-
-    return waiting
+            array = torch.randn(outer, dtype=self.dtype).numpy()
+            return time_alone(lambda: engine([array]))
 
 
 def _read(path: Path, setting: str) -> dict[str, float]:
