@@ -72,6 +72,58 @@ class FormCase:
 
 
 Clock = Callable[[FormCase], float]  # the milliseconds of a case
+NODES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of a layer's width, where `AnyWidth` measures; it interpolates between them
+
+
+class AnyWidth:
+    """Milliseconds of a layer at any number of filters and channels, from a few that the clock gives.
+
+    Widths above `block`, the number of channels that the runtime computes together, count in whole blocks.
+    """
+
+    def __init__(self, clock: Clock, block: int) -> None:
+        self.clock, self.block = clock, block
+        self.known: dict[tuple[FormCase, int, int], float] = {}
+
+    def dense(self, case: FormCase, filters: int, channels: int) -> float:
+        """`case` with other widths; a grouped layer loses whole groups, so its filters say it all."""
+        if case.groups == 1:
+            return self._grid(case, filters, channels)
+        left = max(case.groups * filters // case.filters, 1)
+        size = left * (case.filters // case.groups), left * (case.channels // case.groups)
+        return self._time(replace(case.resized(*size), groups=left), 0, 0)
+
+    def branches(self, case: FormCase, groups: int, filters: int, channels: int) -> float:
+        """`filters` in equal groups, each of which reads `channels`."""
+        branch = Branch(0, 0, groups < 3)
+        return self._grid(replace(case, form="branches", branches=(branch,) * groups), filters, channels)
+
+    def _grid(self, case: FormCase, filters: int, channels: int) -> float:
+        rows, columns = self._between(filters, case.filters), self._between(channels, case.channels)
+        return sum(a * b * self._time(case, o, c) for o, a in rows for c, b in columns)
+
+    def _between(self, size: int, whole: int) -> list[tuple[int, float]]:
+        """The nodes around a size, and their parts in it."""
+        size = min(self._blocks(size), whole)
+        nodes = sorted({min(self._blocks(max(round(part * whole), 1)), whole) for part in NODES})
+        high = next(node for node in nodes if node >= size)
+        low = max((node for node in nodes if node <= size), default=high)
+        part = (size - low) / (high - low) if high > low else 1.0
+        return [(node, share) for node, share in ((low, 1 - part), (high, part)) if share > 0]
+
+    def _blocks(self, size: int) -> int:
+        return size if size <= self.block else -(-size // self.block) * self.block
+
+    def _time(self, case: FormCase, filters: int, channels: int) -> float:
+        key = case, filters, channels
+        if key not in self.known:
+            if case.form == "branches":
+                each = max(filters // len(case.branches), 1)
+                equal = tuple(replace(b, filters=each, channels=channels) for b in case.branches)
+                self.known[key] = self.clock(replace(case, filters=each * len(equal), branches=equal))
+            else:
+                self.known[key] = self.clock(case.resized(filters, channels) if filters else case)
+        return self.known[key]
 
 
 def case_of(module: nn.Module, shape: tuple[int, ...]) -> FormCase | None:

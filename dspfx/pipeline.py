@@ -11,11 +11,12 @@ from typing import Any, Literal
 from torch import nn
 
 from dspfx.config import DEFAULT_GATES, Budget, GateConfig, Inputs
-from dspfx.deploy.compete import Entrant, compete
+from dspfx.deploy.compete import Contest, Entrant, compete
 from dspfx.deploy.costs import CostTable
 from dspfx.deploy.machine import block_width
 from dspfx.deploy.runtimes import find_runtime
-from dspfx.errors import ConfigError, ModelError
+from dspfx.deploy.settle import settle
+from dspfx.errors import BudgetError, ConfigError, ModelError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import propagate
 from dspfx.graph.parts import describe_parts, trace_parts, why_untraced
@@ -29,6 +30,7 @@ from dspfx.passes.insert_gates import insert_gates
 from dspfx.passes.lift_layers import lift_layers
 from dspfx.passes.lower_convs import lower_convs
 from dspfx.passes.plan_gates import plan_gates
+from dspfx.passes.plan_latency import plan_latency
 from dspfx.passes.plan_lower import plan_lower
 from dspfx.passes.plan_prune import plan_prune
 from dspfx.passes.remove_gates import remove_gates
@@ -80,31 +82,77 @@ def _explained(gm: Network, plan: GatePlan) -> GatePlan:
     )
 
 
-def prune(gm: nn.Module, budget: Budget, importance: str | Importance = "l2", example_inputs: Any = None) -> PrunePlan:
+def prune(
+    gm: nn.Module,
+    budget: Budget,
+    importance: str | Importance = "l2",
+    example_inputs: Any = None,
+    runtime: str | None = None,
+    *,
+    threads: int = 1,
+) -> PrunePlan:
     """Prunes a prepared network in place to `budget` and returns the plan; what is dropped stays zero in training.
 
     Groups are those learned; where the gates never learned, filters are clustered by their channel energies. May be
     called again later to prune further.
 
+    A latency is met by measuring: the layers' times on the runtime, kept in the user's cache folder, say what is worth
+    removing, and the whole network, lowered and timed beside the dense one, says how much of it. Other budgets are met
+    afterwards, by removing more. On a terminal a bar shows how far it is.
+
     Args:
         gm: what `prepare` returned, perhaps trained since.
         budget: fractions of the dense network that remain.
         importance: "l2", or a function from a weight [O, C, *kernel] to energies [O, C], none negative.
-        example_inputs: only where the budget should count another input size than the one prepared with.
+        example_inputs: where the budget should count another input size than the one prepared with; a latency is that
+            of their batch.
+        runtime, threads: where a latency is measured, see `lower`.
 
     Raises:
         ModelError: `gm` is not prepared, or holds weights that are not finite.
-        BudgetError: the budget is below the floor this network can reach; names the floor. Nothing was changed.
+        BudgetError: the budget is below the floor this network can reach, names the floor; or a latency comes without
+            a runtime. Nothing was changed.
+        ConfigError, RuntimeBuildError, MismatchError: for a latency, as for `lower`.
     """
     if "gate_plan" not in network_meta(gm) or not any(isinstance(m, GatedLayer) for m in gm.modules()):
         raise ModelError(f"{type(gm).__name__} has no gated convolution; call gm = dspfx.prepare(model) first.")
     energy = resolve(importance)
+    if budget.latency is not None and runtime is None:
+        raise BudgetError(
+            f"{budget} has a latency and no runtime to measure it on; name the one that the network is for: "
+            f'prune(gm, budget, runtime="onnxruntime").'
+        )
     if example_inputs is not None:
         describe_parts(gm, example_inputs)
-    channels = analyse(gm)
-    plan = plan_prune(gm, channels, budget, energy)
-    apply_masks(gm, plan, channels)
+    work, plan = gm, None
+    if budget.latency is not None and runtime is not None:
+        plan = _plan_latency(gm, budget.latency, energy, runtime, threads)
+        work = _masked(gm, plan)  # the user's network stays as it was until all budgets are met
+    if budget.flops is not None or budget.params is not None:
+        latency = plan.latency_left if plan else None
+        plan = replace(plan_prune(work, analyse(work), budget, energy), latency_left=latency)
+    assert plan is not None
+    apply_masks(gm, plan, analyse(gm))
     return plan
+
+
+def _plan_latency(gm: Network, latency: float, energy: Importance, runtime: str, threads: int) -> PrunePlan:
+    """The plan that meets a latency, found by measuring."""
+    channels, inputs = analyse(gm), network_meta(gm)["inputs"]
+    parameter = next(iter(gm.parameters()))
+
+    def measure(plan: PrunePlan) -> float:
+        return _tuned(_plain(_masked(gm, plan), None), inputs, runtime, threads, True)[1].ratio
+
+    with CostTable(runtime, parameter.device, threads, parameter.dtype) as table:
+        return settle(latency, lambda share: plan_latency(gm, channels, share, energy, table, block_width()), measure)
+
+
+def _masked(gm: Network, plan: PrunePlan) -> Network:
+    """A copy of a prepared network with a plan applied."""
+    twin = copy.deepcopy(gm)
+    apply_masks(twin, plan, analyse(twin))
+    return twin
 
 
 def lower(
@@ -153,11 +201,16 @@ def lower(
             gm, plan_lower(gm, analyse(gm), LowerOptions(1 if runtime == "eager" else block_width())), fold
         )
     inputs = network_meta(gm)["inputs"] if example_inputs is None else Inputs.of(example_inputs)
-    small, contest = compete(runtime, _entrants(gm, runtime, threads, fold), inputs, threads)
+    small, contest = _tuned(gm, inputs, runtime, threads, fold)
     network_meta(small)["contest"] = contest
     if tune == "measure":
         print(contest)
     return small
+
+
+def _tuned(gm: Network, inputs: Inputs, runtime: str, threads: int, fold: bool) -> tuple[Network, Contest]:
+    """The fastest form of a plain network, and how it was found."""
+    return compete(runtime, _entrants(gm, runtime, threads, fold), inputs, threads)
 
 
 def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[Entrant]:

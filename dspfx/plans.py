@@ -138,6 +138,7 @@ class PrunePlan(Plan):
             counted as kept (filter, input channel) pairs.
         gated_flops_left: the same fraction over the gated convolutions only, the papers' count.
         beta: the global share of energy below which group channels were dropped.
+        latency_left: measured time of the lowered network, to that of the dense one; None where it was no budget.
     """
 
     layers: tuple[PrunedLayer, ...]
@@ -145,6 +146,7 @@ class PrunePlan(Plan):
     params_left: float
     gated_flops_left: float
     beta: float
+    latency_left: float | None = None
 
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = []
@@ -158,7 +160,7 @@ class PrunePlan(Plan):
         return (
             f"{table}\nwhole network: {self.flops_left:.1%} of FLOPs and {self.params_left:.1%} of parameters left "
             f"(gated convolutions only: {self.gated_flops_left:.1%} of FLOPs)"
-        )
+        ) + ("" if self.latency_left is None else f"\nmeasured latency: {self.latency_left:.1%} of the dense network's")
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,17 @@ Energy = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class _Layer:
-    """One gated convolution: group [O] (-1 dead), scores of group channels [G, C] and of filters [O]."""
+    """One gated convolution: energies [O, C], group [O] (-1 dead), scores of group channels [G, C] and filters [O]."""
 
     name: str
+    energies: Tensor
     group: Tensor
     channel_scores: Tensor
     filter_scores: Tensor
 
 
 @dataclass(eq=False)
-class _Kept:
+class Kept:
     """The state after dropping a prefix of structures, with dead filters and channels taken out."""
 
     reads: dict[str, Reads]
@@ -57,7 +58,7 @@ def plan_prune(model: nn.Module, channels: ChannelGraph, budget: Budget, energy:
     search = Search(model, channels, energy)
     low, high = 0, search.total  # dropping `high` structures meets the budget, or nothing does
 
-    def meets(kept: _Kept) -> bool:
+    def meets(kept: Kept) -> bool:
         return (budget.flops is None or kept.flops <= budget.flops) and (
             budget.params is None or kept.params <= budget.params
         )
@@ -77,7 +78,7 @@ def plan_prune(model: nn.Module, channels: ChannelGraph, budget: Budget, energy:
             f"the FLOPs and {floor.params:.4f} of the parameters (layers without a gate count in full). Raise the "
             f"budget, use more groups, or gate more layers."
         )
-    return search.plan(low)
+    return search.plan(kept, search.beta(low))
 
 
 class Search:
@@ -113,9 +114,9 @@ class Search:
         ends = [n for part in parts_of(model).values() for n in eval_graph(part).output_node().all_input_nodes]
         outputs = [channels.values[n] for n in ends]
         wires = torch.cat([torch.empty(0, dtype=torch.int64), *(t.unique() for t in tensors_in(outputs))])
-        self.outputs = wires[liveness(channels, self._rows(0)).values[wires].isnan()]
+        self.outputs = wires[liveness(channels, self.rows(0)).values[wires].isnan()]
 
-    def _rows(self, dropped: int) -> dict[str, Reads]:
+    def rows(self, dropped: int) -> dict[str, Reads]:
         """What every convolution reads once the first `dropped` structures are gone, before liveness."""
         kept = torch.ones(len(self.scores), dtype=torch.bool)
         kept[self.order[: self.already_gone + dropped]] = False
@@ -130,9 +131,12 @@ class Search:
             reads[layer.name] = Reads(keep, torch.where(alive, layer.group, -1))
         return reads
 
-    def keep(self, dropped: int) -> _Kept:
-        """Drops, takes out what became dead (one pass forward and back is the fixed point) and counts."""
-        reads = self._rows(dropped)
+    def keep(self, dropped: int) -> Kept:
+        """What is left without the first `dropped` structures."""
+        return self.count(self.rows(dropped))
+
+    def count(self, reads: dict[str, Reads]) -> Kept:
+        """Takes out what is dead (one pass forward and back is the fixed point) and counts the rest."""
         live = liveness(self.channels, reads)
         reads, alive = _take_out_dead(self.channels, reads, live)
         flops = params = dense_flops = dense_params = gated = gated_dense = 0.0
@@ -145,7 +149,7 @@ class Search:
             if name in self.gated:
                 gated += pairs * cost.macs_per_pair
                 gated_dense += cost.macs
-        return _Kept(
+        return Kept(
             reads,
             flops / max(dense_flops, 1),
             params / max(dense_params, 1),
@@ -153,9 +157,12 @@ class Search:
             bool(live.values[self.outputs].isnan().all()),
         )
 
-    def plan(self, dropped: int) -> PrunePlan:
-        """The frozen form of `keep(dropped)`."""
-        kept = self.keep(dropped)
+    def beta(self, dropped: int) -> float:
+        """The score of the last structure that goes."""
+        return float(self.scores[self.order[self.already_gone + dropped - 1]]) if dropped else 0.0
+
+    def plan(self, kept: Kept, beta: float = 0.0) -> PrunePlan:
+        """The frozen form of a state."""
         layers = []
         for layer in self.layers:
             read, cost = kept.reads[layer.name], self.costs[layer.name]
@@ -176,7 +183,6 @@ class Search:
                     pairs * cost.macs_per_pair,
                 )
             )
-        beta = float(self.scores[self.order[self.already_gone + dropped - 1]]) if dropped else 0.0
         return PrunePlan(tuple(layers), kept.flops, kept.params, kept.gated_flops, beta)
 
 
@@ -211,7 +217,7 @@ def _score(name: str, module: GatedLayer, energy: Energy, units: list[Tensor], f
     if free is not None:
         scores = unit_share(pairs.sum(1), group >= 0, units[0])
         filter_scores = torch.where(free | (group < 0), scores, filter_scores)
-    return _Layer(name, group, channel_scores, filter_scores)
+    return _Layer(name, pairs, group, channel_scores, filter_scores)
 
 
 def _units(channels: ChannelGraph, wires: Tensor) -> Tensor:

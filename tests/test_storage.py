@@ -335,8 +335,6 @@ def test_parts_without_a_stored_form_are_named(tmp_path: Path) -> None:
 def test_a_subclass_that_computes_what_torchs_does_is_stored_as_torchs(tmp_path: Path) -> None:
     network = nn.Sequential(Mine(3, 8, 3, padding=1, bias=False), nn.ReLU(), Mine(8, 4, 1))
     small = dspfx.lower(network, IMAGES, tune=None)
-        nn.Sequential(Mine(3, 8, 3, padding=1, bias=False), nn.ReLU(), Mine(8, 4, 1)), IMAGES, tune=None
-    )
     dspfx.save(small, tmp_path / "a")
     again = dspfx.load(tmp_path / "a")
     assert [type(layer) for layer in again.children()] == [nn.Conv2d, nn.ReLU, nn.Conv2d]

@@ -18,6 +18,7 @@ from dspfx.deploy.quiet import torch_threads
 from dspfx.deploy.runtimes import build
 from dspfx.deploy.timing import Result, compare, interleave
 from dspfx.errors import MismatchError, RuntimeBuildError
+from dspfx.graph.inputs import realise
 
 MARGIN = 0.03  # by which an entrant has to be faster than what is safer
 ROUNDS = 12  # at first; up to MAX_ROUNDS where the machine is too busy to tell
@@ -55,6 +56,11 @@ class Contest:
     notes: tuple[str, ...] = ()
     setting: str = ""
 
+    @property
+    def ratio(self) -> float:
+        """Of the fastest network's time to the dense one's."""
+        return min(result.ratio for result in self.results.values())
+
     def __str__(self) -> str:
         rows = []
         for name, result in self.results.items():
@@ -85,6 +91,9 @@ def compete(runtime: str, entrants: Iterable[Entrant], inputs: Inputs, threads: 
     notes: list[str] = []
     for entrant in entrants:
         network = entrant.make()
+        if not networks:
+            args, kwargs = realise(network, inputs)
+            inputs = Inputs(*args, **kwargs)
         try:
             built[entrant.name] = build(runtime, network, inputs, threads)
         except (RuntimeBuildError, MismatchError) as error:
