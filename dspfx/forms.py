@@ -89,9 +89,10 @@ class AnyWidth:
         """`case` with other widths; a grouped layer loses whole groups, so its filters say it all."""
         if case.groups == 1:
             return self._grid(case, filters, channels)
-        left = max(case.groups * filters // case.filters, 1)
-        size = left * (case.filters // case.groups), left * (case.channels // case.groups)
-        return self._time(replace(case.resized(*size), groups=left), 0, 0)
+        filters_each, channels_each = case.filters // case.groups, case.channels // case.groups
+        left = self._between(filters // filters_each, case.groups, max(self.block // channels_each, 1))
+        sizes = [(replace(case.resized(n * filters_each, n * channels_each), groups=n), part) for n, part in left]
+        return sum(part * self._time(size, 0, 0) for size, part in sizes)
 
     def branches(self, case: FormCase, groups: int, filters: int, channels: int) -> float:
         """`filters` in equal groups, each of which reads `channels`."""
@@ -99,20 +100,23 @@ class AnyWidth:
         return self._grid(replace(case, form="branches", branches=(branch,) * groups), filters, channels)
 
     def _grid(self, case: FormCase, filters: int, channels: int) -> float:
-        rows, columns = self._between(filters, case.filters), self._between(channels, case.channels)
+        rows = self._between(filters, case.filters, self.block)
+        columns = self._between(channels, case.channels, self.block)
         return sum(a * b * self._time(case, o, c) for o, a in rows for c, b in columns)
 
-    def _between(self, size: int, whole: int) -> list[tuple[int, float]]:
+    @staticmethod
+    def _between(size: int, whole: int, block: int) -> list[tuple[int, float]]:
         """The nodes around a size, and their parts in it."""
-        size = min(self._blocks(size), whole)
-        nodes = sorted({min(self._blocks(max(round(part * whole), 1)), whole) for part in NODES})
+
+        def blocks(size: int) -> int:
+            return min(size if size <= block else -(-size // block) * block, whole)
+
+        size = blocks(size)
+        nodes = sorted({blocks(max(round(part * whole), 1)) for part in NODES})
         high = next(node for node in nodes if node >= size)
         low = max((node for node in nodes if node <= size), default=high)
         part = (size - low) / (high - low) if high > low else 1.0
         return [(node, share) for node, share in ((low, 1 - part), (high, part)) if share > 0]
-
-    def _blocks(self, size: int) -> int:
-        return size if size <= self.block else -(-size // self.block) * self.block
 
     def _time(self, case: FormCase, filters: int, channels: int) -> float:
         key = case, filters, channels
