@@ -20,7 +20,7 @@ LAYERS = (
     {"passes"},
     {"gates", "second_pass", "learner", "storage"},
     {"deploy"},
-    {"enliven", "pipeline", "profiler", "coverage", "selfcheck"},
+    {"enliven", "pipeline", "profiler", "coverage", "selfcheck", "estimate"},
     {"integrations"},
     {"__init__"},
     {"cli", "__main__"},
