@@ -84,16 +84,9 @@ def _plan_layer(model: nn.Module, step: Step, read: Reads | None, removed: Tenso
 
 
 def _groups(pairs: Tensor) -> tuple[Group, ...]:
-    """Filters with equal rows of kept channels; those that read nothing join the narrowest group."""
+    """Filters with equal rows of kept channels; those that read nothing are in no group."""
     keep, row = unique_rows(pairs)
-    width = keep.sum(1)
-    live = (width > 0).nonzero().flatten()
-    if len(live) == 0:
-        return ()
-    host = int(live[width[live].argmin()])
-    row = torch.where(width[row] > 0, row, host)
-    groups = []
-    for g in live.tolist():
-        members = (row == g).nonzero().flatten().tolist()
-        groups.append(Group(tuple(members), tuple(keep[g].nonzero().flatten().tolist())))
-    return tuple(groups)
+    return tuple(
+        Group(tuple((row == g).nonzero().flatten().tolist()), tuple(keep[g].nonzero().flatten().tolist()))
+        for g in keep.any(1).nonzero().flatten().tolist()
+    )

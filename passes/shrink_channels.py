@@ -15,7 +15,8 @@ from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.simulate import simulate
 from dspfx.graph.trace import has_effect
 from dspfx.graph.traced import Model, TracedModule, parts_of
-from dspfx.modules import SparseNorm, replace_module
+from dspfx.modules import replace_module
+from dspfx.norms import SparseNorm
 from dspfx.plans import LowerPlan
 
 
