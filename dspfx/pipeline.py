@@ -18,6 +18,7 @@ from dspfx.modules import GatedLayer
 from dspfx.passes.apply_masks import apply_masks
 from dspfx.passes.fold_batchnorm import fold_batchnorm
 from dspfx.passes.insert_gates import insert_gates
+from dspfx.passes.lay_out import lay_out
 from dspfx.passes.lift_layers import lift_layers
 from dspfx.passes.lower_convs import lower_convs
 from dspfx.passes.plan_gates import plan_gates
@@ -124,6 +125,7 @@ def lower(model: nn.Module, example_inputs: Any = None, *, fold: bool = True, wi
     lift_layers(gm)
     channels = analyse(gm)
     plan = plan_lower(gm, channels, width_multiple)
+    plan = lay_out(gm, channels, plan)
     shrink_channels(gm, channels, plan)
     if fold:
         fold_batchnorm(gm)

@@ -167,7 +167,8 @@ class LoweredLayer:
 
     Attributes:
         form: "dense" (one layer of the kept filters and channels) or "branches" (a convolution a group).
-        filters, channels: what is kept, as indices into the layer before lowering.
+        filters, channels: what is kept, as indices into the layer before lowering, in the order in which it stands
+            afterwards.
         groups: the branches, as indices into `filters` and `channels`; empty for "dense".
         macs, macs_left, macs_run: multiply-adds before, of the kept structure, and really executed; at batch 1.
     """
