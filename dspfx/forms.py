@@ -37,7 +37,7 @@ class FormCase:
         shape: of the input, batch included.
         filters: O.
         groups: of the layer itself (a depthwise convolution has one a channel).
-        branches: of the form "branches"; filters in none of them read nothing.
+        branches: of the form "branches"; filters in none of them read nothing, and stand last.
         is_ordered: the branches' filters stand in the order of the result.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspfx.errors import ConfigError
@@ -166,21 +167,28 @@ class GroupConv2d(nn.Module):
     """A convolution split into branches: branch g computes `groups[g].filters` from `groups[g].channels`.
 
     Each branch is a plain dense `nn.Conv2d` over a slice of the input (where its channels are consecutive) or a
-    selection of them; one reordering puts the concatenated results into the filters' order. Input [N, C, H, W],
-    output [N, O, H', W'].
+    selection of them. Filters in no group read nothing: they are constant planes behind the branches' results, their
+    bias or, without `rest_bias`, zero. One reordering puts all of it into the filters' order where it is not in that
+    order already. Input [N, C, H, W], output [N, O, H', W'].
     """
 
     order: Tensor
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Any, groups: tuple[Group, ...], **options: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        groups: tuple[Group, ...],
+        rest_bias: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         filters = [o for g in groups for o in g.filters]
-        if sorted(filters) != list(range(out_channels)):
+        if not groups or len(set(filters)) < len(filters) or not set(filters) <= set(range(out_channels)):
             raise ConfigError(
-                f"GroupConv2d needs each of its {out_channels} filters in exactly one group; the groups hold "
-                f"{len(filters)} filters, {len(set(filters))} different ones."
+                f"GroupConv2d needs at least one group and each of its {out_channels} filters in at most one; the "
+                f"groups hold {len(filters)} filters, {len(set(filters))} different ones."
             )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.branches = nn.ModuleList(
@@ -189,6 +197,10 @@ class GroupConv2d(nn.Module):
         for i, group in enumerate(groups):
             self.register_buffer(f"channels{i}", torch.tensor(group.channels), persistent=False)
         self.slices = [_as_slice(g.channels) for g in groups]
+        self.rest = tuple(sorted(set(range(out_channels)) - set(filters)))
+        device = options.get("device")
+        self.rest_bias = nn.Parameter(torch.zeros(len(self.rest), device=device)) if self.rest and rest_bias else None
+        filters += self.rest
         order = torch.empty(out_channels, dtype=torch.int64)
         order[filters] = torch.arange(out_channels)
         self.is_ordered = filters == list(range(out_channels))
@@ -197,11 +209,15 @@ class GroupConv2d(nn.Module):
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, groups: tuple[Group, ...]) -> GroupConv2d:
         """The same function as `conv`, whose weights outside the groups are zero."""
+        grouped = {o for g in groups for o in g.filters}
+        rest = [o for o in range(conv.out_channels) if o not in grouped]
+        constants = conv.bias.detach()[rest] if conv.bias is not None else torch.zeros(0)
         module = cls(
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,
             groups,
+            rest_bias=bool(constants.any()),
             stride=conv.stride,
             padding=conv.padding,
             dilation=conv.dilation,
@@ -215,6 +231,9 @@ class GroupConv2d(nn.Module):
             branch.weight = nn.Parameter(conv.weight.detach()[filters][:, channels], conv.weight.requires_grad)
             if conv.bias is not None:
                 branch.bias = nn.Parameter(conv.bias.detach()[filters], conv.bias.requires_grad)
+        if module.rest_bias is not None:
+            assert conv.bias is not None
+            module.rest_bias = nn.Parameter(constants, conv.bias.requires_grad)
         return module.to(conv.weight.device).train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,66 +241,13 @@ class GroupConv2d(nn.Module):
         for i, (branch, span) in enumerate(zip(self.branches, self.slices, strict=True)):
             part = x[:, span[0] : span[1]] if span else x.index_select(1, getattr(self, f"channels{i}"))
             outputs.append(branch(part))
+        if self.rest_bias is not None:
+            size = outputs[0].shape
+            outputs.append(self.rest_bias.view(1, -1, 1, 1).expand(size[0], len(self.rest), size[2], size[3]))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        if self.rest and self.rest_bias is None:
+            y = F.pad(y, (0, 0, 0, 0, 0, len(self.rest)))
         return y if self.is_ordered else y.index_select(1, self.order)
-
-
-class SparseNorm(nn.Module):
-    """A GroupNorm, or a LayerNorm over channels, of which some channels are gone: they were zero, and still count.
-
-    Args:
-        members: the group of each channel that is left.
-        counts: how many channels each group had.
-        axis: 1, input [N, C, ...]; or -1, input [..., C].
-    """
-
-    membership: Tensor
-
-    def __init__(
-        self,
-        members: tuple[int, ...],
-        counts: tuple[int, ...],
-        eps: float = 1e-5,
-        axis: int = 1,
-        affine: bool = True,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        self.members, self.counts, self.eps, self.axis, self.affine = members, counts, eps, axis, affine
-        one_hot = torch.zeros(len(members), len(counts))
-        one_hot[torch.arange(len(members)), torch.tensor(members, dtype=torch.int64)] = 1
-        self.register_buffer("membership", one_hot, persistent=False)
-        self.weight = nn.Parameter(torch.ones(len(members))) if affine else None
-        self.bias = nn.Parameter(torch.zeros(len(members))) if affine and bias else None
-
-    @classmethod
-    def of(cls, norm: nn.GroupNorm | nn.LayerNorm, kept: list[int], blocks: Tensor) -> SparseNorm:
-        """`norm`, whose weight and bias are cut to the channels `kept` already; `blocks` are all channels' groups."""
-        counts = tuple(torch.bincount(blocks).tolist())
-        axis = 1 if isinstance(norm, nn.GroupNorm) else -1
-        has_weight, has_bias = norm.weight is not None, norm.bias is not None
-        new = cls(tuple(blocks[kept].tolist()), counts, norm.eps, axis, has_weight, has_bias)
-        if has_weight:
-            new.membership = new.membership.to(norm.weight)
-            new.weight, new.bias = norm.weight, norm.bias
-        return new.train(norm.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # [N, C, positions]; a LayerNorm takes every position by itself
-        y = x.reshape(-1, x.shape[-1], 1) if self.axis == -1 else x.reshape(*x.shape[:2], -1)
-        group = self.membership.to(x.dtype)
-        left = group.sum(0)
-        count = torch.tensor(self.counts, dtype=x.dtype, device=x.device)
-        mean = (y.mean(2) @ group) / count
-        centred = y - (mean @ group.T).unsqueeze(2)
-        # A channel that is gone was zero, so it differs from the mean by the mean.
-        var = (centred.square().mean(2) @ group + (count - left) * mean.square()) / count
-        y = centred * (torch.rsqrt(var + self.eps) @ group.T).unsqueeze(2)
-        if self.weight is not None:
-            y = y * self.weight[:, None]
-        if self.bias is not None:
-            y = y + self.bias[:, None]
-        return y.reshape(x.shape)
 
 
 def _as_slice(channels: tuple[int, ...]) -> tuple[int, int] | None:

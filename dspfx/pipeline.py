@@ -24,9 +24,10 @@ from dspfx.graph.traced import Network, is_traced_in_parts, network_meta, parts_
 from dspfx.method.importance import Importance, resolve
 from dspfx.modules import GatedLayer
 from dspfx.passes.apply_masks import apply_masks
-from dspfx.passes.choose_form import LowerOptions
+from dspfx.passes.choose_form import LowerOptions, confirm_forms
 from dspfx.passes.fold_batchnorm import fold_batchnorm
 from dspfx.passes.insert_gates import insert_gates
+from dspfx.passes.lay_out import lay_out
 from dspfx.passes.lift_layers import lift_layers
 from dspfx.passes.lower_convs import lower_convs
 from dspfx.passes.plan_gates import plan_gates
@@ -197,9 +198,7 @@ def lower(
     find_runtime(runtime)
     gm = _plain(model, example_inputs)
     if tune is None or (tune == "auto" and example_inputs is None):
-        return _carried_out(
-            gm, plan_lower(gm, analyse(gm), LowerOptions(1 if runtime == "eager" else block_width())), fold
-        )
+        return _carried_out(gm, _planned(gm, LowerOptions(1 if runtime == "eager" else block_width())), fold)
     inputs = network_meta(gm)["inputs"] if example_inputs is None else Inputs.of(example_inputs)
     small, contest = _tuned(gm, inputs, runtime, threads, fold)
     network_meta(small)["contest"] = contest
@@ -225,7 +224,7 @@ def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[E
             ("fastest form of each layer", 1, True),
             (f"fastest forms in blocks of {block}", block, True),
         ):
-            plan = plan_lower(gm, analyse(gm), LowerOptions(multiple, table, may_split))
+            plan = _planned(gm, LowerOptions(multiple, table, may_split))
             if plan.layers not in seen:
                 seen.append(plan.layers)
                 yield Entrant(name, partial(_carried_out, copy.deepcopy(gm), plan, fold), plan.ms)
@@ -236,6 +235,13 @@ def _plain(model: nn.Module, example_inputs: Any) -> Network:
     gm = settle_eval(trace_parts(model, example_inputs))
     remove_gates(gm)
     return lift_layers(gm)
+
+
+def _planned(gm: Network, options: LowerOptions) -> LowerPlan:
+    """What is kept, in which forms and in which order."""
+    channels = analyse(gm)
+    plan = lay_out(gm, channels, plan_lower(gm, channels, options))
+    return plan if options.clock is None else confirm_forms(gm, plan, options.clock)
 
 
 def _carried_out(gm: Network, plan: LowerPlan, fold: bool) -> Network:

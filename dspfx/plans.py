@@ -170,7 +170,8 @@ class LoweredLayer:
     Attributes:
         form: "dense" (one layer of the kept filters and channels), "branches" (a convolution a group) or "grouped"
             (one convolution with `groups`, padded to equal ones).
-        filters, channels: what is kept, as indices into the layer before lowering.
+        filters, channels: what is kept, as indices into the layer before lowering, in the order in which it stands
+            afterwards.
         groups: the branches, as indices into `filters` and `channels`; empty for "dense".
         macs, macs_left, macs_run: multiply-adds before, of the kept structure, and really executed; at batch 1.
         ms: the milliseconds that the form was expected to take when it was chosen; None where nothing was measured.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.forms import Branch, Clock, Form, FormCase, case_of
+from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import unique_rows
-from dspfx.plans import Group
+from dspfx.plans import Group, LoweredLayer, LowerPlan
 
 MARGIN = 0.97  # of the dense form's time: isolated measurements flatter what has more parts
 MAX_BRANCHES = 16
@@ -71,7 +72,7 @@ def choose_form(conv: nn.Module, pairs: Tensor, shapes: tuple[tuple[int, ...], .
     best = Choice("dense", (), sum(map(clock, dense)) if dense else None)
     allowed = MARGIN * (best.ms or 0.0)
     for groups in splits:
-        ms = sum(clock(branched(case, groups)) for case in dense)
+        ms = sum(clock(branched(case, groups, is_laid_out=False)) for case in dense)
         if ms < allowed:
             best, allowed = Choice("branches", groups, ms), ms
     return best
@@ -85,10 +86,32 @@ def dense_case(conv: nn.Module, pairs: Tensor, shape: tuple[int, ...]) -> FormCa
     return case.resized(*pairs.shape)
 
 
-def branched(case: FormCase, groups: tuple[Group, ...]) -> FormCase:
-    """The case of these groups in branches; up to two are read as slices, which laying out channels makes true."""
-    branches = tuple(Branch(len(g.filters), len(g.channels), len(groups) < 3 or _is_run(g.channels)) for g in groups)
-    return replace(case, form="branches", branches=branches, is_ordered=len(groups) < 3)
+def branched(case: FormCase, groups: tuple[Group, ...], is_laid_out: bool = True) -> FormCase:
+    """The case of these groups in branches; before channels are laid out, as they will be if nothing stands against
+    it: up to two groups are read as slices."""
+    hope = not is_laid_out and len(groups) < 3
+    branches = tuple(Branch(len(g.filters), len(g.channels), hope or _is_run(g.channels)) for g in groups)
+    filters = [o for g in groups for o in g.filters]
+    is_ordered = hope or filters == list(range(len(filters)))
+    return replace(case, form="branches", branches=branches, is_ordered=is_ordered)
+
+
+def confirm_forms(model: nn.Module, plan: LowerPlan, clock: Clock) -> LowerPlan:
+    """The plan, laid out, without the branches that did not get the ranges that they would pay with."""
+    costs = layer_costs(model)
+    return LowerPlan(tuple(_confirmed(model, layer, costs[layer.name], clock) for layer in plan.layers))
+
+
+def _confirmed(model: nn.Module, layer: LoweredLayer, cost: LayerCost, clock: Clock) -> LoweredLayer:
+    if layer.form != "branches":
+        return layer
+    cases = [case for shape in cost.input_shapes if (case := case_of(model.get_submodule(layer.name), shape))]
+    dense = [case.resized(len(layer.filters), len(layer.channels)) for case in cases]
+    ms, dense_ms = sum(clock(branched(case, layer.groups)) for case in dense), sum(map(clock, dense))
+    if ms < MARGIN * dense_ms:
+        return replace(layer, ms=ms)
+    run = len(layer.filters) * len(layer.channels) * cost.macs_per_pair
+    return replace(layer, form="dense", groups=(), macs_run=run, ms=dense_ms)
 
 
 def _by_rule(pairs: Tensor, shapes: tuple[tuple[int, ...], ...], splits: list[tuple[Group, ...]]) -> Choice:
@@ -108,7 +131,7 @@ def _groupings(pairs: Tensor, multiple: int) -> Iterator[tuple[Group, ...]]:
     if not 0 < len(rows) <= MAX_BRANCHES:
         return
     whole = pairs.shape[0] * pairs.shape[1]
-    while len(rows) > 1 or len(members[0]) < len(pairs):
+    while True:
         groups = tuple(
             Group(tuple(m.tolist()), tuple(widened(r, pairs, multiple).nonzero().flatten().tolist()))
             for m, r in zip(members, rows, strict=True)
@@ -124,17 +147,11 @@ def _groupings(pairs: Tensor, multiple: int) -> Iterator[tuple[Group, ...]]:
 
 def groups_of(pairs: Tensor) -> tuple[Tensor, Tensor]:
     """(bool [G, C] the channels of each group, int64 [O] each filter's group): filters with equal rows of kept
-    channels; those that read nothing join the narrowest group."""
+    channels; those that read nothing are in no group, -1."""
     keep, row = unique_rows(pairs)
-    width = keep.sum(1)
-    live = (width > 0).nonzero().flatten()
-    if len(live) == 0:
-        return keep[:0], row
-    host = int(live[width[live].argmin()])
-    row = torch.where(width[row] > 0, row, host)
-    new = torch.zeros(len(keep), dtype=torch.int64)
-    new[live] = torch.arange(len(live))
-    return keep[live], new[row]
+    live = keep.any(1)
+    number = torch.where(live, live.cumsum(0) - 1, -1)
+    return keep[live], number[row]
 
 
 def widened(channels: Tensor, pairs: Tensor, multiple: int) -> Tensor:

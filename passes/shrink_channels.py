@@ -1,4 +1,4 @@
-"""Afterwards the channels that a LowerPlan does not keep are gone from every layer that carries them.
+"""Afterwards every layer holds the channels that a LowerPlan keeps, in the plan's order, and no others.
 
 conv1 [16, 3] -> bn [16] -> conv2 [32, 16]      becomes      conv1 [9, 3] -> bn [9] -> conv2 [32, 9]
 """
@@ -12,24 +12,32 @@ from torch import Tensor, fx, nn
 
 from dspfx.errors import MismatchError
 from dspfx.graph.channels import ChannelGraph, Step
+from dspfx.graph.reorder import check_order, reordered
 from dspfx.graph.simulate import simulate
 from dspfx.graph.trace import has_effect
 from dspfx.graph.traced import Model, TracedModule, parts_of
-from dspfx.modules import SparseNorm, replace_module
+from dspfx.modules import replace_module
+from dspfx.norms import SparseNorm
 from dspfx.plans import LowerPlan
 
 
 def shrink_channels(model: Model, channels: ChannelGraph, plan: LowerPlan) -> Model:
-    """Slices weights, biases and statistics of `model` in place and rewrites the literal sizes that follow.
+    """Selects in weights, biases and statistics of `model`, in place, and rewrites the literal sizes that follow.
 
-    Every layer with channels to lose is a module (passes/lift_layers.py).
+    Every layer with channels to lose is a module (passes/lift_layers.py). Raises MismatchError where the graph would
+    not mean the same.
     """
     removed = removed_wires(channels, plan)
+    stands = standing(channels, plan)
     outcomes = {part: simulate(part, channels, part.graph, removed) for part in parts_of(model).values()}
-    for outcome in outcomes.values():
-        if outcome.broken:
-            node, reason = outcome.broken[0]
-            raise MismatchError(f"the lower plan does not fit this network: at {node}, {reason}. Plan it anew.")
+    for part, outcome in outcomes.items():
+        broken = outcome.broken
+        if stands is not None:
+            broken = broken or check_order(part, channels, part.graph, removed, outcome, stands)
+        if broken:
+            node, reason = broken[0]
+            raise _mismatch(f"at {node}, {reason}")
+    order = channels.root if stands is None else stands
     for part, outcome in outcomes.items():
         for node, repair in outcome.repairs.items():
             _rewrite(part, node, *repair)
@@ -38,13 +46,14 @@ def shrink_channels(model: Model, channels: ChannelGraph, plan: LowerPlan) -> Mo
     done: set[str] = set()
     for step in channels.steps:
         if step.kind == "param":
-            cuts.cut(model, step.path, {step.axis: _kept(step.out, removed)})
+            cuts.cut(model, step.path, {step.axis: kept_in_order(step.out, channels, removed, order)})
             owner = model.get_submodule(step.path.rpartition(".")[0])
             if isinstance(owner, nn.PReLU):
                 owner.num_parameters = owner.weight.numel()
         elif step.layer is not None and step.name not in done:
             done.add(step.name)
-            _cut_layer(model, step, cuts, _kept(step.out, removed), _kept(step.ins[0], removed))
+            out, source = (kept_in_order(v, channels, removed, order) for v in (step.out, step.ins[0]))
+            _cut_layer(model, step, cuts, out, source)
     for part in outcomes:
         part.recompile()
     return model
@@ -62,8 +71,41 @@ def removed_wires(channels: ChannelGraph, plan: LowerPlan) -> Tensor:
     return gone[channels.root]
 
 
-def _kept(wires: Tensor, removed: Tensor) -> Tensor:
-    return (~removed[wires]).nonzero().flatten()
+def standing(channels: ChannelGraph, plan: LowerPlan) -> Tensor | None:
+    """int64 [wires]: the class that stands, by the plan, where each wire's class stood; None where all stay.
+
+    Raises MismatchError where two layers of one class disagree.
+    """
+    filters = {layer.name: torch.tensor(layer.filters, dtype=torch.int64) for layer in plan.layers}
+    pairs = [
+        (
+            step.name,
+            channels.root[step.out[filters[step.name].sort().values]],
+            channels.root[step.out[filters[step.name]]],
+        )
+        for step in channels.steps
+        if step.name in filters
+    ]
+    if all(torch.equal(old, new) for _, old, new in pairs):
+        return None
+    stands = torch.arange(channels.num_wires)
+    for _, old, new in pairs:
+        stands[old] = new
+    for name, old, new in pairs:
+        if not torch.equal(stands[old], new):
+            raise _mismatch(f"the filters of {name} stand in another order than those they are added to")
+    return stands[channels.root]
+
+
+def kept_in_order(wires: Tensor, channels: ChannelGraph, removed: Tensor, stands: Tensor) -> Tensor:
+    """Which of the wires [n] are left, in the order in which they stand."""
+    kept = (~removed[wires]).nonzero().flatten()
+    order = None if stands is channels.root else reordered(wires[kept], channels.root, stands)
+    return kept if order is None else kept[order]
+
+
+def _mismatch(what: str) -> MismatchError:
+    return MismatchError(f"the lower plan does not fit this network: {what}. Plan it anew.")
 
 
 def _rewrite(gm: TracedModule, node: fx.Node, target: Any, args: Any, kwargs: Any) -> None:

@@ -111,12 +111,39 @@ def test_consecutive_groups_need_neither_selection_nor_reordering() -> None:
     assert not any(n.target == "index_select" for n in graph.nodes)
 
 
-def test_groups_must_cover_every_filter_once() -> None:
+@pytest.mark.parametrize("bias", [None, 0.0, 1.5])
+@pytest.mark.parametrize("groups", [GROUPS[:2], (Group((0, 1), (0, 2)), Group((2, 3), (1,))), (Group((1,), (0,)),)])
+def test_filters_that_read_nothing_are_planes(groups: tuple[Group, ...], bias: float | None) -> None:
+    """They stand behind the branches: padding where they are zero, else their bias."""
+    conv = nn.Conv2d(6, 6, 3, stride=2, bias=bias is not None).double()
+    rest = sorted(set(range(6)) - {o for g in groups for o in g.filters})
+    mask = torch.zeros(6, 6, 1, 1)
+    for group in groups:
+        mask[[[o] for o in group.filters], list(group.channels)] = 1
+    with torch.no_grad():
+        conv.weight *= mask
+        if bias is not None:
+            conv.bias[rest] = bias  # type: ignore[index]
+    split = GroupConv2d.from_conv(conv, groups)
+    assert split.rest == tuple(rest)
+    assert (split.rest_bias is None) == (not bias)
+    assert split.is_ordered == (groups[0].filters == (0, 1))
+    inputs = (torch.randn(2, 6, 9, 8, dtype=torch.float64),)
+    assert error(run(conv, inputs), run(split, inputs)) < 1e-14
+    targets = [str(n.target) for n in torch.fx.Tracer().trace(split).nodes]
+    assert any("pad" in target for target in targets) == (not bias)
+    assert targets.count("index_select") == (not split.is_ordered) + split.slices.count(None)
+
+
+def test_groups_hold_every_filter_at_most_once() -> None:
     message = re.escape(
-        "GroupConv2d needs each of its 3 filters in exactly one group; the groups hold 3 filters, 2 different ones."
+        "GroupConv2d needs at least one group and each of its 3 filters in at most one; the groups hold 3 filters, "
+        "2 different ones."
     )
     with pytest.raises(ConfigError, match=f"^{message}$"):
         GroupConv2d(2, 3, 1, (Group((0, 1), (0,)), Group((1,), (1,))))
+    with pytest.raises(ConfigError, match=r"the groups hold 0 filters, 0 different ones\.$"):
+        GroupConv2d(2, 3, 1, ())
 
 
 def test_frozen_weights_stay_frozen() -> None:

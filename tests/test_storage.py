@@ -24,6 +24,7 @@ from dspfx.errors import BudgetError, ModelError, StorageError
 from dspfx.graph.ops import RULES
 from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d, GroupConv2d
+from dspfx.plans import Group
 from tests.zoo import ZOO, ZooEntry
 
 
@@ -151,9 +152,24 @@ def test_branches_unfolded_norms_and_training_come_back(tmp_path: Path) -> None:
     assert int(loaded.norm.num_batches_tracked) == int(small.norm.num_batches_tracked) > 0
 
 
-def _halves(conv: Any) -> Any:
-    from dspfx.plans import Group
+@pytest.mark.parametrize("bias", [0.0, 2.0])
+def test_filters_of_branches_that_read_nothing_come_back(bias: float, tmp_path: Path) -> None:
+    small = dspfx.lower(prepared(16), fold=False)
+    conv = nn.Conv2d(small.conv2.in_channels, small.conv2.out_channels, 3, padding=1)
+    with torch.no_grad():
+        conv.weight[::3] = 0
+        assert conv.bias is not None
+        conv.bias[::3] = bias
+    groups = tuple(Group(tuple(o for o in g.filters if o % 3), g.channels) for g in _halves(conv))
+    small.add_module("conv2", GroupConv2d.from_conv(conv.eval(), groups))
+    dspfx.save(small, tmp_path / "a")
+    loaded = dspfx.load(tmp_path / "a")
+    assert isinstance(loaded.conv2, GroupConv2d)
+    assert (loaded.conv2.rest, loaded.conv2.rest_bias is None) == (tuple(range(0, conv.out_channels, 3)), bias == 0)
+    assert_equal(outputs(loaded, (IMAGES,)), outputs(small, (IMAGES,)))
 
+
+def _halves(conv: Any) -> Any:
     filters, channels = range(conv.out_channels), range(conv.in_channels)
     return (Group(tuple(filters[::2]), tuple(channels)), Group(tuple(filters[1::2]), tuple(channels[::2])))
 

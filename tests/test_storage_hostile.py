@@ -243,6 +243,11 @@ def test_arguments_of_layers_are_checked(path: Path) -> None:
             f"a group convolution's {10**12} filters are not those of its groups",
         ),
         (
+            "dspfx.GroupConv2d",
+            group | {"in_channels": 3, "out_channels": 2, "groups": {"tuple": [{"tuple": [[0, 2], [0]]}]}},
+            "a group convolution's 2 filters are not those of its groups",
+        ),
+        (
             "torch.nn.Conv2d",
             options | {"out_channels": 4},
             "conv.weight is torch.float32 (2, 3, 1, 1), its layer (4, 3, 1, 1)",

@@ -72,6 +72,9 @@ class _Graph:
                 part = self.select(x, getattr(module, f"channels{i}"))
             results.append(self.conv(part, branch))
         y = results[0] if len(results) == 1 else self.call("Concat", *results, axis=1)
+        if module.rest:
+            pads = np.array([0, 0, 0, 0, 0, len(module.rest), 0, 0], dtype=np.int64)
+            y = self.call("Pad", y, self.constant(pads))
         return y if module.is_ordered else self.select(y, module.order)
 
 

@@ -29,10 +29,14 @@ class Outcome:
     Attributes:
         broken: nodes that would no longer mean the same, with the reason.
         repairs: node -> the (target, args, kwargs) that mean the same on the shrunken tensors.
+        values: node -> its wires without the removed ones; its size, where it is one.
+        skipped: movements that break and that nobody reads any more, since a later one is repaired.
     """
 
     broken: list[tuple[fx.Node, str]]
     repairs: dict[fx.Node, Call]
+    values: dict[fx.Node, Any]
+    skipped: set[fx.Node]
 
 
 def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Tensor) -> Outcome:
@@ -43,8 +47,8 @@ def simulate(gm: nn.Module, channels: ChannelGraph, graph: fx.Graph, removed: Te
     shuffle), becomes a selection of channels; what lies inside of such a chain may break, since nobody reads it then.
     """
     env: dict[fx.Node, Any] = {}
-    outcome = Outcome([], {})
     skipped: set[fx.Node] = set()
+    outcome = Outcome([], {}, env, skipped)
     for node in graph.nodes:
         if node.op == "output":
             continue

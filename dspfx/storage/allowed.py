@@ -20,7 +20,8 @@ from torchvision.models.convnext import LayerNorm2d
 from dspfx.graph import moves, ops
 from dspfx.graph.traced import TrainingFlag
 from dspfx.graph.tracer import expect
-from dspfx.modules import GroupConv2d, SparseNorm
+from dspfx.modules import GroupConv2d
+from dspfx.norms import SparseNorm
 
 _NAMESPACES: dict[str, Any] = {
     "operator": operator,

@@ -172,7 +172,9 @@ def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
     if isinstance(module, GroupConv2d):
         groups = tuple((list(g.filters), list(g.channels)) for g in module.groups)
         branch = _arguments(module.branches[0], nn.Conv2d)
-        own = {"in_channels": module.in_channels, "out_channels": module.out_channels, "groups": groups}
+        own: dict[str, Any] = {"in_channels": module.in_channels, "out_channels": module.out_channels, "groups": groups}
+        if module.rest_bias is not None:
+            own["rest_bias"] = True
         return own | {key: branch[key] for key in ("kernel_size", *_OPTIONS) if key in branch}
     found: dict[str, Any] = {}
     for key, parameter in inspect.signature(kind).parameters.items():
@@ -193,7 +195,7 @@ def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 def _decode_layer(kind: Any, options: Any) -> nn.Module:
     layer = look_up(LAYERS, kind, "a storable layer")
     values = {k: decode_value(v, {}) for k, v in expect(options, dict, f"the arguments of a {kind}").items()}
-    allowed = {"in_channels", "out_channels", "kernel_size", "groups", *_OPTIONS}
+    allowed = {"in_channels", "out_channels", "kernel_size", "groups", "rest_bias", *_OPTIONS}
     if layer is not GroupConv2d:
         allowed = set(inspect.signature(layer).parameters) - {"device", "dtype"}
     for key in values:
@@ -210,7 +212,8 @@ def _decode_groups(values: dict[str, Any]) -> tuple[Group, ...]:
     width = min(values["in_channels"], _WIDEST)
     if not all(g.channels and all(type(c) is int and 0 <= c < width for c in g.channels) for g in groups):
         raise StorageError(f"a group convolution reads channels outside its {width}")
-    if values["out_channels"] != sum(len(g.filters) for g in groups):
+    filters, most = [o for g in groups for o in g.filters], values["out_channels"]
+    if not all(type(o) is int and 0 <= o < most for o in filters) or not len(filters) <= most <= _WIDEST:
         raise StorageError(f"a group convolution's {values['out_channels']} filters are not those of its groups")
     return groups
 

@@ -22,7 +22,8 @@ from dspfx.deploy.agree import disagreement
 from dspfx.deploy.runtimes import RUNTIMES, TOLERANCE, build, describe_runtime
 from dspfx.errors import ConfigError, DspfxError, InputError, MismatchError, RuntimeBuildError
 from dspfx.graph.tracer import expect
-from dspfx.modules import GroupConv2d, SparseNorm
+from dspfx.modules import GroupConv2d
+from dspfx.norms import SparseNorm
 from dspfx.pipeline import prepare
 from tests.compare import fingerprint, forced, pruned, unchanged
 from tests.zoo import OTHERS, ZOO

@@ -15,7 +15,7 @@ from dspfx.errors import ConfigError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.ops import RULES, register_rule
 from dspfx.graph.trace import trace
-from dspfx.modules import SparseNorm
+from dspfx.norms import SparseNorm
 from dspfx.pipeline import lower
 from tests.compare import error, run
 

@@ -76,13 +76,18 @@ def test_consecutive_channels_are_slices() -> None:
     assert branches.groups[0] == Group(tuple(range(0, 16, 2)), (0, 1, 2, 4, 6, 8, 10, 11))
 
 
-def test_filters_that_read_nothing_join_the_narrowest_group() -> None:
+@pytest.mark.parametrize("bias", [0.0, 1.0])  # which passes the ReLU
+def test_filters_that_read_nothing_are_in_no_group(bias: float) -> None:
     model, inputs = grouped(8, 4, first=slice(0, 3), second=slice(0, 4))
     with torch.no_grad():
         model.get_parameter("2.weight")[1] = 0
-        model.get_parameter("2.bias")[1] = 1.0  # which passes the ReLU
+        model.get_parameter("2.bias")[1] = bias
     small = forced(prepare(model, inputs))
-    assert [g.filters for g in layer_of(small, "2").groups] == [(0, 1, 2, 4, 6), (3, 5, 7)]
+    layer = layer_of(small, "2")
+    removed = int(bias == 0)
+    assert [len(g.filters) for g in layer.groups] == [4, 3]
+    assert len(layer.filters) == 8 - removed
+    assert layer.macs_run == layer.macs_left == (4 * 3 + 3 * 4) * 9 * 4 * 4
     assert error(run(model, inputs), run(small, inputs)) < 1e-13
 
 
