@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "errors", "plans"},
     {"method"},
-    {"graph", "modules"},
+    {"graph", "grouped", "modules"},
     {"passes"},
     {"gates", "second_pass", "learner", "storage"},
     {"deploy"},

@@ -20,6 +20,7 @@ from torchvision.models.convnext import LayerNorm2d
 from dspfx.graph import moves, ops
 from dspfx.graph.traced import TrainingFlag
 from dspfx.graph.tracer import expect
+from dspfx.grouped import PaddedGroupConv2d
 from dspfx.modules import GroupConv2d, SparseNorm
 
 _NAMESPACES: dict[str, Any] = {
@@ -91,6 +92,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     "torchvision.LayerNorm2d": LayerNorm2d,
     "torchvision.FrozenBatchNorm2d": torchvision.ops.FrozenBatchNorm2d,
     "dspfx.GroupConv2d": GroupConv2d,
+    "dspfx.PaddedGroupConv2d": PaddedGroupConv2d,
     "dspfx.SparseNorm": SparseNorm,
     "dspfx.TrainingFlag": TrainingFlag,
 }

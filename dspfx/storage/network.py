@@ -20,6 +20,7 @@ from dspfx.errors import StorageError
 from dspfx.graph.layers import is_plain
 from dspfx.graph.traced import TracedModule
 from dspfx.graph.tracer import attribute
+from dspfx.grouped import EMPTY, PaddedGroupConv2d
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group
 from dspfx.storage.allowed import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, LAYER_NAMES, LAYERS, METHODS
@@ -31,6 +32,7 @@ _RESERVED = frozenset(
 )
 _WIDEST = 2**20  # channels; no layer has more
 _OPTIONS = ("stride", "padding", "dilation", "bias", "padding_mode")  # of a GroupConv2d's branches
+_SPLIT = (GroupConv2d, PaddedGroupConv2d)
 _INSTEAD = "Store this network with torch.export, or save the prepared one (dspfx.save before dspfx.lower) instead."
 
 
@@ -169,9 +171,9 @@ def _encode_layer(name: str, module: nn.Module) -> tuple[str, dict[str, Any]]:
 
 def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
     """Constructor arguments that make this layer again, those left at their defaults omitted."""
-    if isinstance(module, GroupConv2d):
+    if isinstance(module, _SPLIT):
         groups = tuple((list(g.filters), list(g.channels)) for g in module.groups)
-        branch = _arguments(module.branches[0], nn.Conv2d)
+        branch = _arguments(module.branches[0] if isinstance(module, GroupConv2d) else module.conv, nn.Conv2d)
         own = {"in_channels": module.in_channels, "out_channels": module.out_channels, "groups": groups}
         return own | {key: branch[key] for key in ("kernel_size", *_OPTIONS) if key in branch}
     found: dict[str, Any] = {}
@@ -194,11 +196,11 @@ def _decode_layer(kind: Any, options: Any) -> nn.Module:
     layer = look_up(LAYERS, kind, "a storable layer")
     values = {k: decode_value(v, {}) for k, v in expect(options, dict, f"the arguments of a {kind}").items()}
     allowed = {"in_channels", "out_channels", "kernel_size", "groups", *_OPTIONS}
-    if layer is not GroupConv2d:
+    if layer not in _SPLIT:
         allowed = set(inspect.signature(layer).parameters) - {"device", "dtype"}
     for key in values:
         look_up(dict.fromkeys(allowed), key, f"an argument of {kind}")
-    if layer is GroupConv2d:
+    if layer in _SPLIT:
         values["groups"] = _decode_groups(values)
     with torch.device("meta"):
         return layer(**values)
@@ -210,7 +212,7 @@ def _decode_groups(values: dict[str, Any]) -> tuple[Group, ...]:
     width = min(values["in_channels"], _WIDEST)
     if not all(g.channels and all(type(c) is int and 0 <= c < width for c in g.channels) for g in groups):
         raise StorageError(f"a group convolution reads channels outside its {width}")
-    if values["out_channels"] != sum(len(g.filters) for g in groups):
+    if values["out_channels"] != sum(o != EMPTY for g in groups for o in g.filters):
         raise StorageError(f"a group convolution's {values['out_channels']} filters are not those of its groups")
     return groups
 
