@@ -21,11 +21,12 @@ class PaddedGroupConv2d(nn.Module):
     """One grouped `nn.Conv2d`: group g computes `groups[g].filters` from `groups[g].channels`.
 
     All groups have equally many channels and equally many filters. What a group lacks is padded: channels that it
-    repeats, or lists without reading them, have zero weights, and a filter's place that is EMPTY is computed and
-    left out of the output. The input is selected, and the output put into the filters' order, only where they do not
-    stand so already. Input [N, C, H, W], output [N, O, H', W'].
+    repeats, or lists without reading them, have zero weights, and so has a filter's place that is EMPTY. Filters in no
+    group read nothing: they all are the first EMPTY place, a plane of their common bias. The input is selected, and
+    the output put into the filters' order, only where they do not stand so already. Input [N, C, H, W], output
+    [N, O, H', W'].
 
-        groups = (Group((0, 1, 3), (0, 1, 2)), Group((2, 4, EMPTY), (5, 6, 5)))  # 5 filters of 7 or more channels
+        groups = (Group((0, 1, 3), (0, 1, 2)), Group((2, 4, EMPTY), (5, 6, 5)))  # of 5 filters, or of more
     """
 
     channels: Tensor
@@ -39,8 +40,8 @@ class PaddedGroupConv2d(nn.Module):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         channels = [c for g in groups for c in g.channels]
         places = [o for g in groups for o in g.filters]
-        place_of = {o: place for place, o in enumerate(places)}
-        order = [place_of[o] for o in range(out_channels)]
+        place_of = {o: place for place, o in reversed(list(enumerate(places)))}
+        order = [place_of[o] if o in place_of else place_of[EMPTY] for o in range(out_channels)]
         self.conv = nn.Conv2d(len(channels), len(places), kernel_size, groups=len(groups), **options)
         self.reads, self.reads_all = _as_slice(channels, in_channels)
         self.gives, self.gives_all = _as_slice(order, len(places))
@@ -49,9 +50,13 @@ class PaddedGroupConv2d(nn.Module):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, groups: tuple[Group, ...]) -> PaddedGroupConv2d:
-        """The same function as `conv`, whose weights outside the groups are zero; see `pad_groups`."""
+        """The same function as `conv`, whose weights outside the groups are zero; the groups are padded here.
+
+        Filters that read nothing may be in any group, or in none.
+        """
         if conv.groups != 1:
             raise ConfigError(f"PaddedGroupConv2d is made from a dense convolution; this one has groups={conv.groups}.")
+        groups, idle = _without_idle(conv, groups)
         groups = pad_groups(conv.in_channels, conv.out_channels, groups)
         module = cls(
             conv.in_channels,
@@ -66,15 +71,17 @@ class PaddedGroupConv2d(nn.Module):
             device="meta",
         )
         filters, channels = torch.tensor([g.filters for g in groups]), torch.tensor([g.channels for g in groups])
-        first = torch.tensor([[c not in g.channels[:i] for i, c in enumerate(g.channels)] for g in groups])
+        first = channels != channels[:, :1]  # not a repeated one
+        first[:, 0] = True
         real = (filters != EMPTY)[:, :, None] & first[:, None]  # [G, F, K]
         dense = conv.weight.detach()
         weight = dense[filters[:, :, None].clamp(min=0), channels[:, None]]  # [G, F, K, *kernel]
         weight = weight.masked_fill(~real.to(dense.device)[..., None, None], 0)
         module.conv.weight = nn.Parameter(weight.flatten(0, 1), conv.weight.requires_grad)
         if conv.bias is not None:
-            bias = conv.bias.detach()[filters.clamp(min=0)]
-            bias = bias.masked_fill((filters == EMPTY).to(bias.device), 0)
+            dense = conv.bias.detach()
+            rest = dense[idle[0]] if idle else torch.zeros_like(dense[0])
+            bias = torch.where((filters == EMPTY).to(dense.device), rest, dense[filters.clamp(min=0)])
             module.conv.bias = nn.Parameter(bias.flatten(), conv.bias.requires_grad)
         return module.to(conv.weight.device).train(conv.training)
 
@@ -91,8 +98,8 @@ def pad_groups(in_channels: int, out_channels: int, groups: tuple[Group, ...]) -
     """The groups as PaddedGroupConv2d needs them: all of one size.
 
     A group of many more filters than the others is split, where that leaves less to compute. Groups that stand in
-    consecutive blocks of the channels, or of the filters, keep to them if that costs little. Filters in no group,
-    which read nothing, take the empty places.
+    consecutive blocks of the channels, or of the filters, keep to them if that costs little. There is an EMPTY place
+    where a filter is in no group.
     """
     groups = tuple(g for g in groups if g.filters)
     if not groups or not all(g.channels for g in groups):
@@ -104,12 +111,29 @@ def pad_groups(in_channels: int, out_channels: int, groups: tuple[Group, ...]) -
         channels = [g.channels + g.channels[:1] * (width - len(g.channels)) for g in groups]
     filters = _blocks([g.filters for g in groups], out_channels)
     if filters is None:
-        lists = [list(g.filters) for g in groups]
-        for o in sorted({*range(out_channels)} - {o for own in lists for o in own}):
-            min(lists, key=len).append(o)
-        height = max(map(len, lists))
-        filters = [(*own, *[EMPTY] * (height - len(own))) for own in lists]
+        height, total = max(len(g.filters) for g in groups), sum(len(g.filters) for g in groups)
+        height += total == height * len(groups) and total < out_channels
+        filters = [g.filters + (EMPTY,) * (height - len(g.filters)) for g in groups]
     return tuple(Group(own, read) for own, read in zip(filters, channels, strict=True))
+
+
+def _without_idle(conv: nn.Conv2d, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], list[int]]:
+    """(the groups without filters that read nothing, these filters); each keeps its place where their biases differ."""
+    reads = (conv.weight.detach() != 0).flatten(1).any(1).tolist()
+    idle = [o for o in range(conv.out_channels) if not reads[o]]
+    lost = sorted(set(range(conv.out_channels)) - set(idle) - {o for g in groups for o in g.filters})
+    if lost:
+        raise ConfigError(f"PaddedGroupConv2d.from_conv got groups without filter {lost[0]}, which reads its input.")
+    used = [Group(tuple(o for o in g.filters if reads[o]), g.channels) for g in groups]
+    used = [g for g in used if g.filters]
+    bias = None if conv.bias is None else conv.bias.detach()[idle]
+    if used and (bias is None or bool((bias == bias[:1]).all())):
+        return tuple(used), idle
+    used = used or [Group((), g.channels) for g in groups[:1]]
+    for o in idle if used else ():
+        g = min(range(len(used)), key=lambda g: len(used[g].filters))
+        used[g] = Group((*used[g].filters, o), used[g].channels)
+    return tuple(used), []
 
 
 def _split_long(groups: tuple[Group, ...]) -> tuple[Group, ...]:
@@ -152,10 +176,16 @@ def _check(in_channels: int, out_channels: int, groups: tuple[Group, ...]) -> No
             f"{sorted(shapes)} (filters, channels). Pad them with pad_groups."
         )
     filters = [o for g in groups for o in g.filters if o != EMPTY]
-    if len(filters) != out_channels or sorted(filters) != list(range(out_channels)):
+    count = len(set(filters))
+    if count < len(filters) or not all(0 <= o < out_channels for o in filters):
         raise ConfigError(
-            f"PaddedGroupConv2d needs each of its {out_channels} filters in exactly one group; the groups hold "
-            f"{len(filters)} filters, {len(set(filters))} different ones."
+            f"PaddedGroupConv2d needs each of its {out_channels} filters in at most one group; the groups hold "
+            f"{len(filters)} filters from {min(filters)} to {max(filters)}, {count} different ones."
+        )
+    if count < out_channels and not any(EMPTY in g.filters for g in groups):
+        raise ConfigError(
+            f"PaddedGroupConv2d needs an EMPTY place for its {out_channels - count} filters in no group; pad the "
+            f"groups with pad_groups."
         )
     far = [c for g in groups for c in g.channels if not 0 <= c < in_channels]
     if far:

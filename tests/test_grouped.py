@@ -87,7 +87,7 @@ def test_groups_in_order_without_overlap_are_neither_selected_nor_reordered() ->
         ((Group((0, 1), (2, 3)), Group((2, 3), (4, 5))), 7, 4, ["getitem", "conv"]),
         ((Group((0, 1), (0, 1, 2, 3)), Group((2, 3), (6, 7, 8, 9))), 10, 4, ["conv"]),
         ((Group((0, 1), (0, 1)), Group((2, 3), (6, 7))), 10, 4, ["index_select", "conv"]),  # blocks of five cost more
-        # A group that lacks a filter at the end, in the middle, and one whose place a filter without a group takes.
+        # A group that lacks a filter at the end or in the middle; a filter without a group, inside of a block.
         ((Group((0, 1), (0, 1)), Group((2,), (2, 3))), 4, 3, ["conv", "getitem"]),
         ((Group((0,), (0, 1)), Group((1, 2), (2, 3))), 4, 3, ["conv", "index_select"]),
         ((Group((0, 1, 2, 3), (0, 1)), Group((4, 6, 7), (2, 3))), 4, 8, ["conv"]),
@@ -109,7 +109,8 @@ def test_what_is_missing_is_padded() -> None:
     groups = (Group((0, 1, 3), (0, 1, 2)), Group((2, 4), (5, 6)))
     padded = (Group((0, 1, 3), (0, 1, 2)), Group((2, 4, EMPTY), (5, 6, 5)))
     assert pad_groups(7, 5, groups) == padded
-    assert pad_groups(7, 6, groups)[1].filters == (2, 4, 5)
+    assert pad_groups(7, 9, groups) == padded
+    assert [g.filters for g in pad_groups(7, 9, (groups[0],))] == [(0, 1, 3, EMPTY)]
     assert pad_groups(7, 5, (*groups, Group((), (3,)))) == padded
     grouped = PaddedGroupConv2d.from_conv(conv_of(groups, 7, 5), groups)
     assert bool((grouped.conv.weight[5] == 0).all())  # the empty place
@@ -118,15 +119,28 @@ def test_what_is_missing_is_padded() -> None:
     assert bool(grouped.conv.bias[5] == 0)
 
 
-def test_a_filter_without_a_group_gives_its_bias() -> None:
-    groups = (Group((0, 2), (0, 1)), Group((3,), (1, 2)))
-    conv = conv_of(groups, 3, 4)
-    grouped = PaddedGroupConv2d.from_conv(conv, groups)
-    assert grouped.conv.out_channels == 4
+@pytest.mark.parametrize("bias", ["none", "equal", "different"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_filters_that_read_nothing_are_their_bias(bias: str, listed: bool) -> None:
+    groups = (Group((0, 2, 5), (0, 1)), Group((1, 7), (1, 2)))
+    conv = conv_of(groups, 3, 8, bias=bias != "none")
+    idle = [3, 4, 6]
+    if conv.bias is not None and bias == "equal":
+        with torch.no_grad():
+            conv.bias[idle] = 0.25
+    given = (groups[0], Group((1, 3, 4, 6, 7), (1, 2))) if listed else groups
+    grouped = PaddedGroupConv2d.from_conv(conv, given)
+    assert grouped.conv.out_channels == (8 if bias == "different" else 6)  # one place for all of them, if it can be
     assert equal(conv, grouped)
-    assert conv.bias is not None
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    assert torch.equal(grouped(x)[:, 1], conv.bias[1].expand(2, 5, 5))
+    expected = torch.zeros(8, dtype=torch.float64) if conv.bias is None else conv.bias
+    assert torch.equal(grouped(x)[:, idle], expected[idle][:, None, None].expand(2, 3, 5, 5))
+
+
+def test_a_convolution_that_reads_nothing_is_its_bias() -> None:
+    conv = conv_of((), 4, 4)
+    for groups in ((Group((0, 1), (0,)), Group((2, 3), (1,))), (Group((1,), (2,)),)):
+        assert equal(conv, PaddedGroupConv2d.from_conv(conv, groups))
 
 
 def test_a_group_as_long_as_two_others_is_two() -> None:
@@ -165,8 +179,17 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         ),
         (
             (Group((0, 1), (0,)), Group((1, EMPTY), (1,))),
-            "PaddedGroupConv2d needs each of its 3 filters in exactly one group; the groups hold 3 filters, 2 "
-            "different ones.",
+            "PaddedGroupConv2d needs each of its 3 filters in at most one group; the groups hold 3 filters from 0 to "
+            "1, 2 different ones.",
+        ),
+        (
+            (Group((0, 3), (0,)),),
+            "PaddedGroupConv2d needs each of its 3 filters in at most one group; the groups hold 2 filters from 0 to "
+            "3, 2 different ones.",
+        ),
+        (
+            (Group((0, 1), (0,)),),
+            "PaddedGroupConv2d needs an EMPTY place for its 1 filters in no group; pad the groups with pad_groups.",
         ),
         ((Group((0, 1, 2), (2,)),), "PaddedGroupConv2d reads channel 2; it has 2."),
     )
@@ -176,6 +199,9 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     message = f"pad_groups needs groups that read at least one channel each; got {(Group((0,), ()),)}."
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         pad_groups(2, 1, (Group((0,), ()),))
+    message = "PaddedGroupConv2d.from_conv got groups without filter 2, which reads its input."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        PaddedGroupConv2d.from_conv(nn.Conv2d(4, 4, 1), APART[:1])
     message = "PaddedGroupConv2d is made from a dense convolution; this one has groups=2."
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         PaddedGroupConv2d.from_conv(nn.Conv2d(4, 4, 1, groups=2), APART)

@@ -20,7 +20,7 @@ from dspfx.errors import StorageError
 from dspfx.graph.layers import is_plain
 from dspfx.graph.traced import TracedModule
 from dspfx.graph.tracer import attribute
-from dspfx.grouped import EMPTY, PaddedGroupConv2d
+from dspfx.grouped import PaddedGroupConv2d
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group
 from dspfx.storage.allowed import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, LAYER_NAMES, LAYERS, METHODS
@@ -201,18 +201,19 @@ def _decode_layer(kind: Any, options: Any) -> nn.Module:
     for key in values:
         look_up(dict.fromkeys(allowed), key, f"an argument of {kind}")
     if layer in _SPLIT:
-        values["groups"] = _decode_groups(values)
+        values["groups"] = _decode_groups(values, layer is PaddedGroupConv2d)
     with torch.device("meta"):
         return layer(**values)
 
 
-def _decode_groups(values: dict[str, Any]) -> tuple[Group, ...]:
+def _decode_groups(values: dict[str, Any], padded: bool) -> tuple[Group, ...]:
     """Checked before a constructor counts up to any of these numbers."""
     groups = tuple(Group(tuple(f), tuple(c)) for f, c in expect(values["groups"], tuple, "the groups"))
     width = min(values["in_channels"], _WIDEST)
     if not all(g.channels and all(type(c) is int and 0 <= c < width for c in g.channels) for g in groups):
         raise StorageError(f"a group convolution reads channels outside its {width}")
-    if values["out_channels"] != sum(o != EMPTY for g in groups for o in g.filters):
+    filters, count = [o for g in groups for o in g.filters], values["out_channels"]
+    if (count > _WIDEST if padded else count != len(filters)) or not all(type(o) is int for o in filters):
         raise StorageError(f"a group convolution's {values['out_channels']} filters are not those of its groups")
     return groups
 
