@@ -61,10 +61,12 @@ class Budget:
     Attributes:
         flops: multiply-adds of convolutions and linear layers, over the whole network.
         params: weights of convolutions and linear layers, over the whole network.
+        latency: measured time of the lowered network on a runtime, to that of the dense network there.
     """
 
     flops: float | None = None
     params: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -76,7 +78,7 @@ class Budget:
                     f"Budget.{field.name} is {value!r}; give the fraction that remains, in (0, 1]: "
                     f"Budget({field.name}=0.35) keeps 35%."
                 )
-        if self.flops is None and self.params is None:
+        if self.flops is None and self.params is None and self.latency is None:
             raise BudgetError("Budget() names nothing to meet; give at least one fraction, such as Budget(flops=0.35).")
 
 

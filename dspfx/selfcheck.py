@@ -118,7 +118,7 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> _Checke
     if gates:
         search = Search(gm, channels, lambda weight: torch.rand(weight.shape[:2]))
         dropped = _connected(search, math.ceil(_SHARE_DROPPED * search.total))  # one step can be all there is
-        plan = search.plan(dropped)
+        plan = search.plan(search.keep(dropped), search.beta(dropped))
         left = plan.flops_left
         apply_masks(gm, plan, channels)
         if search.total and left == 1.0:

@@ -24,7 +24,7 @@ from dspfx.plans import Group, PrunedLayer, PrunePlan
 
 
 @dataclass(eq=False)
-class _Kept:
+class Kept:
     """The state after dropping a prefix of structures, with dead filters and channels taken out."""
 
     reads: dict[str, Reads]
@@ -44,7 +44,7 @@ def plan_prune(model: nn.Module, channels: ChannelGraph, budget: Budget, energy:
     search = Search(model, channels, energy)
     low, high = 0, search.total  # dropping `high` structures meets the budget, or nothing does
 
-    def meets(kept: _Kept) -> bool:
+    def meets(kept: Kept) -> bool:
         return (budget.flops is None or kept.flops <= budget.flops) and (
             budget.params is None or kept.params <= budget.params
         )
@@ -65,7 +65,7 @@ def plan_prune(model: nn.Module, channels: ChannelGraph, budget: Budget, energy:
             f"the FLOPs and {floor.params:.4f} of the parameters (layers without a gate count in full). Raise the "
             f"budget, use more groups, or gate more layers."
         )
-    return search.plan(low)
+    return search.plan(kept, search.beta(low))
 
 
 class Search:
@@ -100,9 +100,9 @@ class Search:
         ends = [n for part in parts_of(model).values() for n in eval_graph(part).output_node().all_input_nodes]
         outputs = [channels.values[n] for n in ends]
         wires = torch.cat([torch.empty(0, dtype=torch.int64), *(t.unique() for t in tensors_in(outputs))])
-        self.outputs = wires[liveness(channels, self._rows(0)).values[wires].isnan()]
+        self.outputs = wires[liveness(channels, self.rows(0)).values[wires].isnan()]
 
-    def _rows(self, dropped: int) -> dict[str, Reads]:
+    def rows(self, dropped: int) -> dict[str, Reads]:
         """What every convolution reads once the first `dropped` structures are gone, before liveness."""
         kept = torch.ones(len(self.scores), dtype=torch.bool)
         kept[self.order[: self.ends[dropped]]] = False
@@ -117,9 +117,12 @@ class Search:
             reads[layer.name] = Reads(keep, torch.where(alive, layer.group, -1))
         return reads
 
-    def keep(self, dropped: int) -> _Kept:
-        """Drops, takes out what became dead (one pass forward and back is the fixed point) and counts."""
-        reads = self._rows(dropped)
+    def keep(self, dropped: int) -> Kept:
+        """What is left without the first `dropped` structures."""
+        return self.count(self.rows(dropped))
+
+    def count(self, reads: dict[str, Reads]) -> Kept:
+        """Takes out what is dead (one pass forward and back is the fixed point) and counts the rest."""
         live = liveness(self.channels, reads)
         reads, alive = _take_out_dead(self.channels, reads, live)
         flops = params = dense_flops = dense_params = gated = gated_dense = 0.0
@@ -132,7 +135,7 @@ class Search:
             if name in self.gated:
                 gated += pairs * cost.macs_per_pair
                 gated_dense += cost.macs
-        return _Kept(
+        return Kept(
             reads,
             flops / max(dense_flops, 1),
             params / max(dense_params, 1),
@@ -140,9 +143,12 @@ class Search:
             bool(live.values[self.outputs].isnan().all()),
         )
 
-    def plan(self, dropped: int) -> PrunePlan:
-        """The frozen form of `keep(dropped)`."""
-        kept = self.keep(dropped)
+    def beta(self, dropped: int) -> float:
+        """The score of the last structure that goes."""
+        return float(self.scores[self.order[self.ends[dropped] - 1]]) if dropped else 0.0
+
+    def plan(self, kept: Kept, beta: float = 0.0) -> PrunePlan:
+        """The frozen form of a state."""
         layers = []
         for layer in self.layers:
             read, cost = kept.reads[layer.name], self.costs[layer.name]
@@ -163,7 +169,6 @@ class Search:
                     pairs * cost.macs_per_pair,
                 )
             )
-        beta = float(self.scores[self.order[self.ends[dropped] - 1]]) if dropped else 0.0
         return PrunePlan(tuple(layers), kept.flops, kept.params, kept.gated_flops, beta)
 
 

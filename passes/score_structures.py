@@ -24,13 +24,14 @@ Energy = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class ScoredLayer:
-    """One gated convolution: group [O] (-1 dead), scores of group channels [G, C] and of filters [O].
+    """One gated convolution: energies [O, C], group [O] (-1 dead), scores of group channels [G, C] and filters [O].
 
     A score is the share of energy that is gone once the structure is: -inf was gone before, 1 stays. `steps` are the
     steps of channels [G, C] and of filters [O] (-1 goes in none), of a balanced layer.
     """
 
     name: str
+    energies: Tensor
     group: Tensor
     channel_scores: Tensor
     filter_scores: Tensor
@@ -66,37 +67,31 @@ def score_layer(
     filled = torch.zeros(module.gate_groups, dtype=torch.bool)
     filled[group[group >= 0]] = True
     eligible = module.gate_keep.cpu() & filled[:, None]
-    by_group = group_energy(pairs, group, module.gate_groups)
     if is_balanced:
-        return _in_steps(name, group, by_group, eligible, pairs.sum(1), units, free)
-    channel_scores = unit_share(by_group, eligible, units[1])
+        return _in_steps(name, pairs, group, eligible, units, free)
+    channel_scores = unit_share(group_energy(pairs, group, module.gate_groups), eligible, units[1])
     filter_scores = _stay(group)
     if free is not None:
         scores = unit_share(pairs.sum(1), group >= 0, units[0])
         filter_scores = torch.where(free | (group < 0), scores, filter_scores)
-    return ScoredLayer(name, group, channel_scores, filter_scores)
+    return ScoredLayer(name, pairs, group, channel_scores, filter_scores)
 
 
 def _in_steps(
-    name: str,
-    group: Tensor,
-    by_group: Tensor,
-    eligible: Tensor,
-    by_filter: Tensor,
-    units: list[Tensor],
-    free: Tensor | None,
+    name: str, pairs: Tensor, group: Tensor, eligible: Tensor, units: list[Tensor], free: Tensor | None
 ) -> ScoredLayer:
     """The layer's structures in steps: every group loses as many channels, and as many filters, as the others."""
+    groups = len(eligible)
+    by_group = group_energy(pairs, group, groups)
     channel_scores, channel_steps = block_drops(by_group, eligible, units[1], unit_block(units[1]))
     filter_scores, filter_steps = _stay(group), torch.full_like(group, -1)
     if free is not None:
-        groups = len(by_group)
         member = group == torch.arange(groups)[:, None]
         block = block_size(len(group) // groups)
-        scores, steps = block_drops(by_filter.expand(groups, -1), member, units[0], block, ~free)
+        scores, steps = block_drops(pairs.sum(1).expand(groups, -1), member, units[0], block, ~free)
         place = group.clamp(min=0), torch.arange(len(group))
         filter_scores, filter_steps = scores[place], steps[place]
-    return ScoredLayer(name, group, channel_scores, filter_scores, (channel_steps, filter_steps))
+    return ScoredLayer(name, pairs, group, channel_scores, filter_scores, (channel_steps, filter_steps))
 
 
 def _stay(group: Tensor) -> Tensor:

@@ -18,11 +18,10 @@ from dspfx.graph.trace import trace
 from dspfx.graph.traced import TracedModule, eval_only
 from dspfx.grouped import EMPTY, PaddedGroupConv2d, pad_groups
 from dspfx.passes import lower_convs
-from dspfx.passes import plan_lower as planner
 from dspfx.pipeline import lower
 from dspfx.plans import Group
 from dspfx.selfcheck import TOLERANCE as EXACT
-from tests.compare import error, gradients, pruned, run, same
+from tests.compare import error, forced, gradients, pruned, run, same
 from tests.test_modules import GROUPS, OPTIONS
 from tests.zoo import ZOO, ZooEntry
 
@@ -211,11 +210,8 @@ def lowered(entry: ZooEntry) -> tuple[TracedModule, TracedModule]:
     """(masked network, lowered with every possible convolution grouped), in float64."""
     gm = pruned(entry).eval()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "BRANCH_WIDTH", 1)
-        patch.setattr(planner, "BRANCH_POSITIONS", 10**9)
-        patch.setattr(planner, "BRANCH_SHARE", 10.0)
         patch.setattr(lower_convs, "GroupConv2d", PaddedGroupConv2d)
-        return gm, lower(gm)
+        return gm, forced(gm)
 
 
 @pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
@@ -287,7 +283,7 @@ def test_channels_of_a_group_are_followed_through_it() -> None:
     with torch.no_grad():
         model.head.weight[:, 2:] = 0  # nobody needs the second group
     x = torch.randn(2, 3, 8, 8)
-    small = lower(model, x)
+    small = lower(model, x, tune=None)
     assert small.get_parameter("stem.weight").shape[0] == 3
     assert error(run(model, (x,)), run(small, (x,))) < 1e-5
     graph = analyse(eval_only(trace(model, x)))

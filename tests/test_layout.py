@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "errors", "plans"},
     {"method"},
-    {"graph", "grouped", "modules"},
+    {"graph", "modules", "forms", "grouped"},
     {"passes"},
     {"gates", "second_pass", "learner", "storage"},
     {"deploy"},

@@ -118,7 +118,7 @@ def test_a_network_without_gates_is_no_error() -> None:
     assert [s.reason for s in gm.meta["gate_plan"].skipped] == [
         "linear layers are gated only with GateConfig(linear=True)"
     ]
-    assert same(run(lower(model, image()), (image(),)), run(model.eval(), (image(),)))
+    assert same(run(lower(model, image(), tune=None), (image(),)), run(model.eval(), (image(),)))
 
 
 @each_call

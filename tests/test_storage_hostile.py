@@ -37,7 +37,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    small = dspfx.lower(Tiny(), torch.randn(2, 3, 4, 4))
+    small = dspfx.lower(Tiny(), torch.randn(2, 3, 4, 4), tune=None)
     dspfx.save(small, tmp_path / "a")
     return tmp_path / "a"
 

@@ -23,9 +23,8 @@ from dspfx.deploy.runtimes import RUNTIMES, TOLERANCE, build, describe_runtime
 from dspfx.errors import ConfigError, DspfxError, InputError, MismatchError, RuntimeBuildError
 from dspfx.graph.tracer import expect
 from dspfx.modules import GroupConv2d, SparseNorm
-from dspfx.passes import plan_lower
-from dspfx.pipeline import lower, prepare
-from tests.compare import fingerprint, pruned, unchanged
+from dspfx.pipeline import prepare
+from tests.compare import fingerprint, forced, pruned, unchanged
 from tests.zoo import OTHERS, ZOO
 
 ENTRIES = ZOO | OTHERS
@@ -50,11 +49,7 @@ needs_compiler = pytest.mark.skipif(
 @cache
 def small(name: str) -> nn.Module:
     """A pruned network of the zoo, lowered with every split that can be made, in float32."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_lower, "BRANCH_WIDTH", 1)
-        patch.setattr(plan_lower, "BRANCH_POSITIONS", 10**9)
-        patch.setattr(plan_lower, "BRANCH_SHARE", 1.01)
-        network: nn.Module = lower(pruned(ENTRIES[name])).float()
+    network: nn.Module = forced(pruned(ENTRIES[name])).float()
     return network
 
 

@@ -20,12 +20,12 @@ from dspfx.grouped import PaddedGroupConv2d
 from dspfx.method.balance import BLOCK, block_size
 from dspfx.method.importance import resolve
 from dspfx.modules import GatedLayer
-from dspfx.passes import lower_convs, plan_lower
+from dspfx.passes import lower_convs
 from dspfx.passes.plan_prune import Search
 from dspfx.pipeline import lower, prepare, prune
 from dspfx.plans import GatePlan
 from dspfx.selfcheck import TOLERANCE, selfcheck
-from tests.compare import error, run
+from tests.compare import error, forced, run
 from tests.nets.untraceable import Detector
 from tests.zoo import ZOO, ZooEntry
 
@@ -79,7 +79,7 @@ def test_after_every_step_all_groups_of_a_layer_are_equal(groups: int, learned: 
     widths: dict[str, list[tuple[int, int]]] = {}
     for dropped in range(search.total + 1):
         for name, gate in gates(gm).items():
-            read = search._rows(dropped)[name]
+            read = search.rows(dropped)[name]
             channels, filters = read.keep.sum(1), torch.bincount(read.row[read.row >= 0], minlength=groups)
             assert len(set(channels.tolist())) == 1
             assert int(channels[0]) % BLOCK == 0
@@ -101,7 +101,7 @@ def test_after_every_step_all_groups_of_a_layer_are_equal(groups: int, learned: 
 
 def test_weaker_steps_go_first_and_beta_is_the_last_one_that_went() -> None:
     search = search_of(prepared())
-    scores = [search.plan(dropped).beta for dropped in range(search.total + 1)]
+    scores = [search.beta(dropped) for dropped in range(search.total + 1)]
     assert scores == sorted(scores)
     assert scores[0] == 0.0
     assert scores[-1] < 1.0
@@ -159,10 +159,8 @@ def test_pruning_again_goes_on_from_the_same_groups() -> None:
 def test_what_is_left_is_one_grouped_convolution_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = prepared(2, model=Residual(64, 64))
     prune(gm, Budget(flops=0.45))
-    for name, value in (("BRANCH_WIDTH", 1), ("BRANCH_POSITIONS", 10**9), ("BRANCH_SHARE", 1.01)):
-        monkeypatch.setattr(plan_lower, name, value)
     monkeypatch.setattr(lower_convs, "GroupConv2d", PaddedGroupConv2d)
-    small = lower(gm)
+    small = forced(gm)
     last = small.get_submodule("b1")
     assert isinstance(last, PaddedGroupConv2d)
     assert last.conv.groups == 2
@@ -187,7 +185,7 @@ def test_layers_of_few_channels_go_in_smaller_blocks() -> None:
     )
     gm = prepared(2, model=model)
     search = search_of(gm)
-    kept = {name: read.keep.sum(1).tolist() for name, read in search._rows(search.total).items() if name in gates(gm)}
+    kept = {name: read.keep.sum(1).tolist() for name, read in search.rows(search.total).items() if name in gates(gm)}
     assert kept == {"2": [4, 4], "4": [2, 2], "6": [1, 1]}
 
 
@@ -197,7 +195,7 @@ def test_flattened_channels_are_counted_once() -> None:
     gm: Any = prepare(model, IMAGES.double(), GateConfig(groups=2, linear=True, balanced=True))
     search = search_of(gm)
     assert search.total == 1
-    keep = search._rows(1)["3"].keep.reshape(2, 16, 36)
+    keep = search.rows(1)["3"].keep.reshape(2, 16, 36)
     assert bool((keep.all(2) == keep.any(2)).all())
     assert keep.any(2).sum(1).tolist() == [8, 8]
 
@@ -217,7 +215,7 @@ def test_filters_that_an_output_reads_stay() -> None:
     torch.manual_seed(0)
     gm: Any = prepare(Half(), IMAGES, GateConfig(groups=2, skip=("tail",), balanced=True))
     search = search_of(gm)
-    row = search._rows(search.total)["body"].row
+    row = search.rows(search.total)["body"].row
     assert bool((row[:16] >= 0).all())
     assert bool((row[16:] < 0).any())
 
@@ -230,7 +228,7 @@ def test_a_network_in_parts_is_balanced_too() -> None:
     assert search.is_balanced
     assert search.total
     for name, gate in gates(gm).items():
-        widths = search._rows(search.total)[name].keep.sum(1).tolist()
+        widths = search.rows(search.total)[name].keep.sum(1).tolist()
         assert widths == [block_size(gate.channels)] * gate.gate_groups
 
 
