@@ -21,6 +21,9 @@ class GateConfig:
         cost: "flops" weighs a layer's regulariser by the size of its input activation, "params" does not.
         linear: gate linear layers too (as 1x1 convolutions of one position), such as the MLPs of transformers.
         skip: qualified names of layers that get no gate.
+        balanced: equal groups, and in each of a layer's groups the same number of channels, a multiple of 8 where the
+            layer holds two: what one grouped convolution runs without waste. Dead filters and channels, which go
+            too, can leave less in a group.
     """
 
     groups: int = 4
@@ -29,6 +32,7 @@ class GateConfig:
     cost: Literal["flops", "params"] = "flops"
     linear: bool = False
     skip: tuple[str, ...] = ()
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
@@ -39,8 +43,9 @@ class GateConfig:
             raise ConfigError(f"GateConfig.noise is {self.noise!r}; give 'textbook' or 'authors'.")
         if self.cost not in ("flops", "params"):
             raise ConfigError(f"GateConfig.cost is {self.cost!r}; give 'flops' or 'params'.")
-        if not isinstance(self.linear, bool):
-            raise ConfigError(f"GateConfig.linear is {self.linear!r}; give True or False.")
+        for name in ("linear", "balanced"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"GateConfig.{name} is {getattr(self, name)!r}; give True or False.")
         if isinstance(self.skip, str):
             raise ConfigError(f"GateConfig.skip is the string {self.skip!r}; give a tuple of names: ({self.skip!r},).")
         object.__setattr__(self, "skip", tuple(self.skip))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dspfx.graph.layers import CONVS, TRANSPOSED
+from dspfx.grouped import PaddedGroupConv2d, pad_groups
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group
 
@@ -158,6 +159,9 @@ def build_form(case: FormCase) -> nn.Module:
         return nn.Linear(case.channels, case.filters)
     if case.form == "branches":
         return GroupConv2d(case.channels, case.filters, case.kernel, _spread(case), **options)
+    if case.form == "grouped":
+        groups = pad_groups(case.channels, case.filters, _spread(case))
+        return PaddedGroupConv2d(case.channels, case.filters, case.kernel, groups, **options)
     kind: Any = getattr(nn, case.kind)
     return kind(case.channels, case.filters, case.kernel, groups=case.groups, **options)
 

@@ -2,6 +2,7 @@
 
 dense       one convolution of all kept filters and channels, zeros included
 branches    a convolution for each group of filters, over the channels that this group reads
+grouped     one convolution with groups, padded to the largest
 
 Groups may share a branch: fewer and wider convolutions compute some zeros, and pay for themselves on small maps.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dspfx.forms import Branch, Clock, Form, FormCase, case_of
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import unique_rows
+from dspfx.grouped import pad_groups
 from dspfx.plans import Group, LoweredLayer, LowerPlan
 
 MARGIN = 0.97  # of the dense form's time: isolated measurements flatter what has more parts
@@ -58,7 +60,8 @@ class Choice:
         """The (filter, input channel) pairs that are computed."""
         if self.form == "dense":
             return filters * channels
-        return sum(len(g.filters) * len(g.channels) for g in self.groups)
+        groups = pad_groups(channels, filters, self.groups) if self.form == "grouped" else self.groups
+        return sum(len(g.filters) * len(g.channels) for g in groups)
 
 
 def choose_form(conv: nn.Module, pairs: Tensor, shapes: tuple[tuple[int, ...], ...], options: LowerOptions) -> Choice:
@@ -71,10 +74,10 @@ def choose_form(conv: nn.Module, pairs: Tensor, shapes: tuple[tuple[int, ...], .
         return _by_rule(pairs, shapes, splits)
     best = Choice("dense", (), sum(map(clock, dense)) if dense else None)
     allowed = MARGIN * (best.ms or 0.0)
-    for groups in splits:
-        ms = sum(clock(branched(case, groups, is_laid_out=False)) for case in dense)
+    for form, groups in _forms(splits):
+        ms = sum(clock(split_case(case, form, groups, is_laid_out=False)) for case in dense)
         if ms < allowed:
-            best, allowed = Choice("branches", groups, ms), ms
+            best, allowed = Choice(form, groups, ms), ms
     return best
 
 
@@ -86,14 +89,22 @@ def dense_case(conv: nn.Module, pairs: Tensor, shape: tuple[int, ...]) -> FormCa
     return case.resized(*pairs.shape)
 
 
-def branched(case: FormCase, groups: tuple[Group, ...], is_laid_out: bool = True) -> FormCase:
-    """The case of these groups in branches; before channels are laid out, as they will be if nothing stands against
+def _forms(splits: list[tuple[Group, ...]]) -> Iterator[tuple[Form, tuple[Group, ...]]]:
+    """Every grouping in branches, and the finest one as a grouped convolution."""
+    if splits and len(splits[0]) > 1:
+        yield "grouped", splits[0]
+    for groups in splits:
+        yield "branches", groups
+
+
+def split_case(case: FormCase, form: Form, groups: tuple[Group, ...], is_laid_out: bool = True) -> FormCase:
+    """The case of these groups in a form; before channels are laid out, as they will be if nothing stands against
     it: up to two groups are read as slices."""
     hope = not is_laid_out and len(groups) < 3
     branches = tuple(Branch(len(g.filters), len(g.channels), hope or _is_run(g.channels)) for g in groups)
     filters = [o for g in groups for o in g.filters]
     is_ordered = hope or filters == list(range(len(filters)))
-    return replace(case, form="branches", branches=branches, is_ordered=is_ordered)
+    return replace(case, form=form, branches=branches, is_ordered=is_ordered)
 
 
 def confirm_forms(model: nn.Module, plan: LowerPlan, clock: Clock) -> LowerPlan:
@@ -103,11 +114,11 @@ def confirm_forms(model: nn.Module, plan: LowerPlan, clock: Clock) -> LowerPlan:
 
 
 def _confirmed(model: nn.Module, layer: LoweredLayer, cost: LayerCost, clock: Clock) -> LoweredLayer:
-    if layer.form != "branches":
+    if layer.form == "dense":
         return layer
     cases = [case for shape in cost.input_shapes if (case := case_of(model.get_submodule(layer.name), shape))]
     dense = [case.resized(len(layer.filters), len(layer.channels)) for case in cases]
-    ms, dense_ms = sum(clock(branched(case, layer.groups)) for case in dense), sum(map(clock, dense))
+    ms, dense_ms = sum(clock(split_case(case, layer.form, layer.groups)) for case in dense), sum(map(clock, dense))
     if ms < MARGIN * dense_ms:
         return replace(layer, ms=ms)
     run = len(layer.filters) * len(layer.channels) * cost.macs_per_pair

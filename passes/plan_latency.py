@@ -166,7 +166,7 @@ class _State:
         lost = torch.cat([torch.zeros(1, dtype=torch.float64), loss[order].cumsum(0)])
         for left in _levels(count, self.times.block):
             gain = 0.0
-            for name in {name for name, _ in family.wires}:
+            for name in dict.fromkeys(name for name, _ in family.wires):  # in one order in every process
                 layer, size = self.layers[name], [0, 0]
                 for place, is_maker in enumerate((True, False)):
                     if (name, is_maker) in family.wires:
@@ -247,7 +247,7 @@ def _families(channels: ChannelGraph, steps: dict[str, Step], gone: Tensor, gate
         members[frozenset((key, len(positions)) for key, positions in found.items())].append(root)
     families = []
     for signature, roots in members.items():
-        keys = [key for key, _ in signature]
+        keys = sorted(key for key, _ in signature)
         dense = {
             side: [n for n, is_maker in keys if is_maker == side and steps[n].kind == "conv"] for side in (True, False)
         }

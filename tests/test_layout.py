@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "errors", "plans"},
     {"method"},
-    {"graph", "modules", "norms", "forms"},
+    {"graph", "modules", "norms", "forms", "grouped"},
     {"passes"},
     {"gates", "second_pass", "learner", "storage"},
     {"deploy"},

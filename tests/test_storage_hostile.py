@@ -242,6 +242,22 @@ def test_arguments_of_layers_are_checked(path: Path) -> None:
             group | {"groups": {"tuple": [{"tuple": [[0], [0]]}]}},
             f"a group convolution's {10**12} filters are not those of its groups",
         ),
+        ("dspfx.PaddedGroupConv2d", group | {"groups": far}, f"a group convolution reads channels outside its {2**20}"),
+        (
+            "dspfx.PaddedGroupConv2d",
+            group | {"groups": {"tuple": [{"tuple": [[0, -1], [0]]}]}},
+            f"a group convolution's {10**12} filters are not those of its groups",
+        ),
+        (
+            "dspfx.PaddedGroupConv2d",
+            group | {"out_channels": 2, "groups": {"tuple": [{"tuple": [[0, 10**12], [0]]}]}},
+            "a group convolution's 2 filters are not those of its groups",
+        ),
+        (
+            "dspfx.PaddedGroupConv2d",
+            group | {"out_channels": 2, "groups": {"tuple": [{"tuple": [[0, "x"], [0]]}]}},
+            "a group convolution's 2 filters are not those of its groups",
+        ),
         (
             "dspfx.GroupConv2d",
             group | {"in_channels": 3, "out_channels": 2, "groups": {"tuple": [{"tuple": [[0, 2], [0]]}]}},

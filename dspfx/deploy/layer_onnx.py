@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from dspfx.grouped import PaddedGroupConv2d
 from dspfx.modules import GroupConv2d
 
 FRAME = 16  # channels of a frame's input
@@ -55,27 +56,29 @@ class _Graph:
         kind = "ConvTranspose" if conv.transposed else "Conv"
         return self.call(kind, x, self.constant(conv.weight), *bias, **options)
 
-    def select(self, x: str, channels: Tensor) -> str:
-        return self.call("Gather", x, self.constant(channels), axis=1)
+    def read(self, x: str, span: tuple[int, int] | None, channels: Tensor) -> str:
+        """The range of channels, or else these channels."""
+        if span is None:
+            return self.call("Gather", x, self.constant(channels), axis=1)
+        return self.call("Slice", x, *(self.constant(np.array([value], dtype=np.int64)) for value in (*span, 1)))
 
     def layer(self, x: str, module: nn.Module) -> str:
         if isinstance(module, nn.Linear):
             return self.call("Add", self.call("MatMul", x, self.constant(module.weight.T)), self.constant(module.bias))
+        if isinstance(module, PaddedGroupConv2d):
+            x = x if module.reads_all else self.read(x, module.reads, module.channels)
+            y = self.conv(x, module.conv)
+            return y if module.gives_all else self.read(y, module.gives, module.order)
         if not isinstance(module, GroupConv2d):
             return self.conv(x, module)
         results = []
         for i, (branch, span) in enumerate(zip(module.branches, module.slices, strict=True)):
-            if span:
-                bounds = [self.constant(np.array([value], dtype=np.int64)) for value in (*span, 1)]
-                part = self.call("Slice", x, *bounds)
-            else:
-                part = self.select(x, getattr(module, f"channels{i}"))
-            results.append(self.conv(part, branch))
+            results.append(self.conv(self.read(x, span, getattr(module, f"channels{i}")), branch))
         y = results[0] if len(results) == 1 else self.call("Concat", *results, axis=1)
         if module.rest:
             pads = np.array([0, 0, 0, 0, 0, len(module.rest), 0, 0], dtype=np.int64)
             y = self.call("Pad", y, self.constant(pads))
-        return y if module.is_ordered else self.select(y, module.order)
+        return y if module.is_ordered else self.read(y, None, module.order)
 
 
 def write_layer(module: nn.Module | None, shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
