@@ -31,7 +31,6 @@ RATIOS = tuple(i / 40 for i in range(2, 36))
 MACS = 0.12, 1.2  # shares between the first and the second times the target latency are timed: no other came near it
 SLACK = 0.02  # a structure this much slower than the target still counts
 CHUNK = 12  # networks timed in one interleaved run
-PATIENCE = 4  # runs, when the machine is busy, of which the quietest counts
 
 
 @dataclass(frozen=True)
@@ -109,23 +108,26 @@ def finalists(dense: nn.Module, learned: nn.Module, example: Tensor, target: flo
     close: list[Candidate] = []
     for start in range(0, len(todo), CHUNK):
         chunk = todo[start : start + CHUNK]
-        timing = _time(dense, learned, example, chunk, 16)
+        timing = _time(dense, learned, example, chunk, rounds=16, patience=1)
         rows += [_row(c, timing) for c in chunk]
         close += [c for c in chunk if timing[str(c.widths)].ratio <= target + 3 * SLACK]
     if not close:
         write_text(log, json.dumps(rows))
         return []
-    again = _time(dense, learned, example, close, 40)
+    again = _time(dense, learned, example, close, rounds=40, patience=4)
     write_text(log, json.dumps([*rows, *(_row(c, again) | {"again": True} for c in close)]))
     right = [c for c in close if again[str(c.widths)].ratio <= target + SLACK]
     by_macs, by_params = sorted(right, key=lambda c: -c.macs), sorted(right, key=lambda c: -c.params)
     return list(dict.fromkeys([*by_macs[:1], *by_params[:1]]))
 
 
-def quietest(networks: Mapping[str, nn.Module], images: Tensor, rounds: int, limit: float) -> Results:
-    """Times in ONNX Runtime on one thread; again, up to four times, while the typical spread is above `limit`."""
+def quietest(networks: Mapping[str, nn.Module], images: Tensor, rounds: int, limit: float, patience: int) -> Results:
+    """Times in ONNX Runtime on one thread, up to `patience` times while the typical spread is above `limit`.
+
+    Of several runs the quietest counts.
+    """
     best: Results | None = None
-    for attempt in range(PATIENCE):
+    for attempt in range(patience):
         if attempt:
             time.sleep(15)
         found = dspfx.benchmark(networks, images, runtime="onnxruntime", rounds=rounds, threads=1)
@@ -143,9 +145,11 @@ def _spread(results: Results) -> float:
     return spreads[len(spreads) // 2]
 
 
-def _time(dense: nn.Module, learned: nn.Module, example: Tensor, chunk: list[Candidate], rounds: int) -> Results:
+def _time(
+    dense: nn.Module, learned: nn.Module, example: Tensor, chunk: list[Candidate], rounds: int, patience: int
+) -> Results:
     networks = {"dense": dense} | {str(c.widths): pruned(learned, example, c.cut) for c in chunk}
-    return quietest(networks, example[:1], rounds, limit=0.1)
+    return quietest(networks, example[:1], rounds, 0.1, patience)
 
 
 def _row(candidate: Candidate, timing: Results) -> dict[str, Any]:

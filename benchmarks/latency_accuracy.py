@@ -209,7 +209,7 @@ def measure(run: Run, networks: dict[str, nn.Module]) -> dict[str, Any]:
     for network in networks.values():
         network.eval().to(memory_format=torch.contiguous_format)
     timed = {name: network for name, network in networks.items() if name != "control"}
-    timings = {batch: peer.quietest(timed, run.example[:batch], rounds=40, limit=0.06) for batch in (1, 8)}
+    timings = {batch: peer.quietest(timed, run.example[:batch], rounds=60, limit=0.06, patience=8) for batch in (1, 8)}
     test = run.data.test()
     rows = {}
     for name, network in networks.items():
