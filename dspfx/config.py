@@ -81,6 +81,10 @@ class Budget:
         if self.flops is None and self.params is None and self.latency is None:
             raise BudgetError("Budget() names nothing to meet; give at least one fraction, such as Budget(flops=0.35).")
 
+    def __str__(self) -> str:
+        given = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return f"Budget({', '.join(f'{name}={value}' for name, value in given if value is not None)})"
+
 
 class Inputs:
     """Example inputs with keywords: `Inputs(image, mask=m)` calls `model(image, mask=m)`."""
