@@ -46,8 +46,9 @@ class _Graph:
             "dilations": list(conv.dilation),
             "group": conv.groups,
         }
-        if conv.padding == "same":
-            options["auto_pad"] = "SAME_UPPER"
+        if conv.padding == "same":  # ONNX Runtime refuses auto_pad beside dilations
+            both = [rate * (size - 1) for size, rate in zip(conv.kernel_size, conv.dilation, strict=True)]
+            options["pads"] = [*(n // 2 for n in both), *(n - n // 2 for n in both)]
         elif conv.padding != "valid":
             options["pads"] = [*conv.padding, *conv.padding]
         if conv.transposed:
@@ -64,7 +65,8 @@ class _Graph:
 
     def layer(self, x: str, module: nn.Module) -> str:
         if isinstance(module, nn.Linear):
-            return self.call("Add", self.call("MatMul", x, self.constant(module.weight.T)), self.constant(module.bias))
+            y = self.call("MatMul", x, self.constant(module.weight.T))
+            return y if module.bias is None else self.call("Add", y, self.constant(module.bias))
         if isinstance(module, PaddedGroupConv2d):
             x = x if module.reads_all else self.read(x, module.reads, module.channels)
             y = self.conv(x, module.conv)
