@@ -78,7 +78,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         [
             "# Budgets of latency",
             "`prune(gm, Budget(latency=...), runtime=...)`, then `lower`, then timed beside the dense network: "
-            "batch 1, one thread, ratios to the dense network, median of interleaved rounds and half the interquartile range.",
+            "batch 1, one thread, ratios to the dense network, median of interleaved rounds and half the interquartile "
+            "range.",
             tabulate(table, headers, "github", disable_numparse=True),
             f"Measured on: {'; '.join(sorted({row['setting'] for row in rows if 'setting' in row}))}.",
             "Made by\n\n    OMP_NUM_THREADS=1 python -m benchmarks.latency_budget "
