@@ -97,6 +97,27 @@ def test_the_networks_hold_what_is_hard_to_export() -> None:
     assert any(node.target is expect for node in small("shape_branch").graph.nodes)  # type: ignore[union-attr]
 
 
+def test_branches_on_ranges_export_as_slices(tmp_path: Path) -> None:
+    """Filters and channels of two groups lie scattered: the file has a slice a branch, and gathers nothing."""
+    middle = nn.Conv2d(8, 6, 3)
+    with torch.no_grad():
+        middle.weight[::2, [1, 3, 5]] = 0
+        middle.weight[1::2, [0, 2, 4]] = 0
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_lower, "BRANCH_WIDTH", 1)
+        patch.setattr(plan_lower, "BRANCH_SHARE", 1.01)
+        lowered = lower(network, IMAGES)
+    assert isinstance(lowered.get_submodule("2"), GroupConv2d)
+    check_equal(build("onnxruntime", lowered, IMAGES), network, IMAGES)
+    file = tmp_path / "network.onnx"
+    torch.onnx.export(lowered, (IMAGES,), file, dynamo=True, verbose=False)
+    kinds = [node.op_type for node in importlib.import_module("onnx").load(file).graph.node]
+    assert "Gather" not in kinds
+    assert kinds.count("Slice") == 2
+    assert kinds.count("Concat") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", EXPORTED)
 @pytest.mark.parametrize("name", ENTRIES)
