@@ -107,7 +107,8 @@ def lower(model: nn.Module, example_inputs: Any = None, *, fold: bool = True, wi
 
     Works on a pruned network, and on any model with zeros in its weights. Channels that nobody needs are removed,
     through residual streams where every producer and reader agrees; batch norms are folded; wide convolutions on
-    small maps are split into branches, all others stay one dense convolution. The plan of a network traced whole is
+    small maps are split into branches, all others stay one dense convolution. Channels are laid out so that branches
+    read ranges where they can. The plan of a network traced whole is
     in `meta["lower_plan"]`.
 
     Args:
