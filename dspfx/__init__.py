@@ -4,6 +4,7 @@ from dspfx.config import Budget, GateConfig, Inputs
 from dspfx.coverage import coverage
 from dspfx.deploy.benchmark import benchmark
 from dspfx.errors import DspfxError
+from dspfx.estimate import estimate
 from dspfx.graph.ops import register_rule
 from dspfx.learner import GroupLearner
 from dspfx.pipeline import lower, prepare, prune
@@ -20,6 +21,7 @@ __all__ = [
     "Inputs",
     "benchmark",
     "coverage",
+    "estimate",
     "load",
     "lower",
     "prepare",

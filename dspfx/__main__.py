@@ -1,4 +1,4 @@
-"""`python -m dspfx compress | profile`: one clean line for a mistake, exit code 2; 130 after Ctrl-C."""
+"""`python -m dspfx compress | profile | benchmark`: one clean line for a mistake, exit code 2; 130 after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dspfx.cli import compress, profile
+from dspfx.cli import benchmark, compress, profile
 from dspfx.errors import DspfxError
 
 
@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     compress.register(commands)
     profile.register(commands)
+    benchmark.register(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)

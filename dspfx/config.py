@@ -21,6 +21,9 @@ class GateConfig:
         cost: "flops" weighs a layer's regulariser by the size of its input activation, "params" does not.
         linear: gate linear layers too (as 1x1 convolutions of one position), such as the MLPs of transformers.
         skip: qualified names of layers that get no gate.
+        balanced: equal groups, and in each of a layer's groups the same number of channels, a multiple of 8 where the
+            layer holds two: what one grouped convolution runs without waste. Dead filters and channels, which go
+            too, can leave less in a group.
     """
 
     groups: int = 4
@@ -29,6 +32,7 @@ class GateConfig:
     cost: Literal["flops", "params"] = "flops"
     linear: bool = False
     skip: tuple[str, ...] = ()
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
@@ -39,8 +43,9 @@ class GateConfig:
             raise ConfigError(f"GateConfig.noise is {self.noise!r}; give 'textbook' or 'authors'.")
         if self.cost not in ("flops", "params"):
             raise ConfigError(f"GateConfig.cost is {self.cost!r}; give 'flops' or 'params'.")
-        if not isinstance(self.linear, bool):
-            raise ConfigError(f"GateConfig.linear is {self.linear!r}; give True or False.")
+        for name in ("linear", "balanced"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"GateConfig.{name} is {getattr(self, name)!r}; give True or False.")
         if isinstance(self.skip, str):
             raise ConfigError(f"GateConfig.skip is the string {self.skip!r}; give a tuple of names: ({self.skip!r},).")
         object.__setattr__(self, "skip", tuple(self.skip))
@@ -56,10 +61,12 @@ class Budget:
     Attributes:
         flops: multiply-adds of convolutions and linear layers, over the whole network.
         params: weights of convolutions and linear layers, over the whole network.
+        latency: measured time of the lowered network on a runtime, to that of the dense network there.
     """
 
     flops: float | None = None
     params: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -71,8 +78,12 @@ class Budget:
                     f"Budget.{field.name} is {value!r}; give the fraction that remains, in (0, 1]: "
                     f"Budget({field.name}=0.35) keeps 35%."
                 )
-        if self.flops is None and self.params is None:
+        if self.flops is None and self.params is None and self.latency is None:
             raise BudgetError("Budget() names nothing to meet; give at least one fraction, such as Budget(flops=0.35).")
+
+    def __str__(self) -> str:
+        given = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return f"Budget({', '.join(f'{name}={value}' for name, value in given if value is not None)})"
 
 
 class Inputs:

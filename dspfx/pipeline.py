@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from torch import nn
 
-from dspfx.config import DEFAULT_GATES, Budget, GateConfig
-from dspfx.errors import ModelError
+from dspfx.config import DEFAULT_GATES, Budget, GateConfig, Inputs
+from dspfx.deploy.compete import Contest, Entrant, compete
+from dspfx.deploy.costs import CostTable
+from dspfx.deploy.machine import block_width
+from dspfx.deploy.runtimes import find_runtime
+from dspfx.deploy.settle import settle
+from dspfx.errors import BudgetError, ConfigError, ModelError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import propagate
 from dspfx.graph.parts import describe_parts, trace_parts, why_untraced
@@ -16,17 +24,19 @@ from dspfx.graph.traced import Network, is_traced_in_parts, network_meta, parts_
 from dspfx.method.importance import Importance, resolve
 from dspfx.modules import GatedLayer
 from dspfx.passes.apply_masks import apply_masks
+from dspfx.passes.choose_form import LowerOptions, confirm_forms
 from dspfx.passes.fold_batchnorm import fold_batchnorm
 from dspfx.passes.insert_gates import insert_gates
 from dspfx.passes.lay_out import lay_out
 from dspfx.passes.lift_layers import lift_layers
 from dspfx.passes.lower_convs import lower_convs
 from dspfx.passes.plan_gates import plan_gates
+from dspfx.passes.plan_latency import plan_latency
 from dspfx.passes.plan_lower import plan_lower
 from dspfx.passes.plan_prune import plan_prune
 from dspfx.passes.remove_gates import remove_gates
 from dspfx.passes.shrink_channels import shrink_channels
-from dspfx.plans import GatePlan, PrunePlan
+from dspfx.plans import GatePlan, LoweredLayer, LowerPlan, PrunePlan
 
 
 def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = DEFAULT_GATES) -> Network:
@@ -73,60 +83,170 @@ def _explained(gm: Network, plan: GatePlan) -> GatePlan:
     )
 
 
-def prune(gm: nn.Module, budget: Budget, importance: str | Importance = "l2", example_inputs: Any = None) -> PrunePlan:
+def prune(
+    gm: nn.Module,
+    budget: Budget,
+    importance: str | Importance = "l2",
+    example_inputs: Any = None,
+    runtime: str | None = None,
+    *,
+    threads: int = 1,
+) -> PrunePlan:
     """Prunes a prepared network in place to `budget` and returns the plan; what is dropped stays zero in training.
 
     Groups are those learned; where the gates never learned, filters are clustered by their channel energies. May be
     called again later to prune further.
 
+    A latency is met by measuring: the layers' times on the runtime, kept in the user's cache folder, say what is worth
+    removing, and the whole network, lowered and timed beside the dense one, says how much of it. Other budgets are met
+    afterwards, by removing more. On a terminal a bar shows how far it is.
+
     Args:
         gm: what `prepare` returned, perhaps trained since.
         budget: fractions of the dense network that remain.
         importance: "l2", or a function from a weight [O, C, *kernel] to energies [O, C], none negative.
-        example_inputs: only where the budget should count another input size than the one prepared with.
+        example_inputs: where the budget should count another input size than the one prepared with; a latency is that
+            of their batch.
+        runtime, threads: where a latency is measured, see `lower`.
 
     Raises:
         ModelError: `gm` is not prepared, or holds weights that are not finite.
-        BudgetError: the budget is below the floor this network can reach; names the floor. Nothing was changed.
+        BudgetError: the budget is below the floor this network can reach, names the floor; or a latency comes without
+            a runtime. Nothing was changed.
+        ConfigError, RuntimeBuildError, MismatchError: for a latency, as for `lower`.
     """
     if "gate_plan" not in network_meta(gm) or not any(isinstance(m, GatedLayer) for m in gm.modules()):
         raise ModelError(f"{type(gm).__name__} has no gated convolution; call gm = dspfx.prepare(model) first.")
     energy = resolve(importance)
+    if budget.latency is not None and runtime is None:
+        raise BudgetError(
+            f"{budget} has a latency and no runtime to measure it on; name the one that the network is for: "
+            f'prune(gm, budget, runtime="onnxruntime").'
+        )
     if example_inputs is not None:
         describe_parts(gm, example_inputs)
-    channels = analyse(gm)
-    plan = plan_prune(gm, channels, budget, energy)
-    apply_masks(gm, plan, channels)
+    work, plan = gm, None
+    if budget.latency is not None and runtime is not None:
+        plan = _plan_latency(gm, budget.latency, energy, runtime, threads)
+        work = _masked(gm, plan)  # the user's network stays as it was until all budgets are met
+    if budget.flops is not None or budget.params is not None:
+        latency = plan.latency_left if plan else None
+        plan = replace(plan_prune(work, analyse(work), budget, energy), latency_left=latency)
+    assert plan is not None
+    apply_masks(gm, plan, analyse(gm))
     return plan
 
 
-def lower(model: nn.Module, example_inputs: Any = None, *, fold: bool = True, width_multiple: int = 1) -> Network:
+def _plan_latency(gm: Network, latency: float, energy: Importance, runtime: str, threads: int) -> PrunePlan:
+    """The plan that meets a latency, found by measuring."""
+    channels, inputs = analyse(gm), network_meta(gm)["inputs"]
+    parameter = next(iter(gm.parameters()))
+
+    def measure(plan: PrunePlan) -> float:
+        return _tuned(_plain(_masked(gm, plan), None), inputs, runtime, threads, True)[1].ratio
+
+    with CostTable(runtime, parameter.device, threads, parameter.dtype) as table:
+        return settle(latency, lambda share: plan_latency(gm, channels, share, energy, table, block_width()), measure)
+
+
+def _masked(gm: Network, plan: PrunePlan) -> Network:
+    """A copy of a prepared network with a plan applied."""
+    twin = copy.deepcopy(gm)
+    apply_masks(twin, plan, analyse(twin))
+    return twin
+
+
+def lower(
+    model: nn.Module,
+    example_inputs: Any = None,
+    runtime: str = "eager",
+    tune: Literal["auto", "measure"] | None = "auto",
+    *,
+    threads: int = 1,
+    fold: bool = True,
+) -> Network:
     """A smaller network of plain torch parts, in eval mode, equal to `model.eval()`; `model` is left as it was.
 
     A model that does not trace whole keeps its class and its forward: only its traced parts are rewritten.
 
     Works on a pruned network, and on any model with zeros in its weights. Channels that nobody needs are removed,
-    through residual streams where every producer and reader agrees; batch norms are folded; wide convolutions on
-    small maps are split into branches, all others stay one dense convolution. Channels are laid out so that branches
-    read ranges where they can. The plan of a network traced whole is
-    in `meta["lower_plan"]`.
+    through residual streams where every producer and reader agrees; batch norms are folded; every convolution takes
+    the form (`LoweredLayer.form`) that suits the runtime. `meta["lower_plan"]` of a network traced whole is the plan.
+
+    What suits the runtime is measured where example inputs are given: each layer's forms from a table that is kept in
+    the user's cache folder, then whole networks against each other in interleaved rounds. The result is then never
+    slower, beyond noise, than the dense network and than plain removal of dead channels; what was compared is in
+    `meta["contest"]`, and printed for tune="measure".
 
     Args:
         model: a pruned network or any other model.
-        example_inputs: as for `prepare`; a prepared network remembers its own.
+        example_inputs: as for `prepare`, with the batch and size to be fast at; a prepared network remembers its own.
+        runtime: "eager", "inductor", "onnxruntime" or "openvino": where the network is to be fast. The result is a
+            torch module all the same; `dspfx.deploy.runtimes.build` runs it there.
+        tune: "measure" measures, None takes a rule, "auto" measures where example inputs are given here.
+        threads: CPU threads of a call while measuring.
         fold: fold batch norms into convolutions; False keeps them, for further training.
-        width_multiple: keep layer widths a multiple of this where they can be (8 suits ONNX Runtime).
 
     Raises:
         InputError, TraceError: as for `prepare`.
         ModelError: a weight is not finite.
+        ConfigError: an unknown `tune`, a runtime that is unknown or not installed, or too few threads.
+        RuntimeBuildError, MismatchError: measuring, and the runtime rejects every form of the network.
     """
+    if tune not in ("auto", "measure", None):
+        raise ConfigError(f"tune is {tune!r}; give 'auto', 'measure', or None for a rule without measurements.")
+    find_runtime(runtime)
+    gm = _plain(model, example_inputs)
+    if tune is None or (tune == "auto" and example_inputs is None):
+        return _carried_out(gm, _planned(gm, LowerOptions(1 if runtime == "eager" else block_width())), fold)
+    inputs = network_meta(gm)["inputs"] if example_inputs is None else Inputs.of(example_inputs)
+    small, contest = _tuned(gm, inputs, runtime, threads, fold)
+    network_meta(small)["contest"] = contest
+    if tune == "measure":
+        print(contest)
+    return small
+
+
+def _tuned(gm: Network, inputs: Inputs, runtime: str, threads: int, fold: bool) -> tuple[Network, Contest]:
+    """The fastest form of a plain network, and how it was found."""
+    return compete(runtime, _entrants(gm, runtime, threads, fold), inputs, threads)
+
+
+def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[Entrant]:
+    """The forms of a whole network that are worth timing, safest first; of equal plans, the first."""
+    seen: list[tuple[LoweredLayer, ...]] = []
+    parameter, block = next(iter(gm.parameters())), block_width()
+    with CostTable(runtime, parameter.device, threads, parameter.dtype) as table:
+        for name, multiple, may_split in (
+            ("dense", 0, False),
+            ("dead channels removed", 1, False),
+            (f"widths in blocks of {block}", block, False),
+            ("fastest form of each layer", 1, True),
+            (f"fastest forms in blocks of {block}", block, True),
+        ):
+            plan = _planned(gm, LowerOptions(multiple, table, may_split))
+            if plan.layers not in seen:
+                seen.append(plan.layers)
+                yield Entrant(name, partial(_carried_out, copy.deepcopy(gm), plan, fold), plan.ms)
+
+
+def _plain(model: nn.Module, example_inputs: Any) -> Network:
+    """A copy of the model in eval mode whose layers are torch's own, without gates."""
     gm = settle_eval(trace_parts(model, example_inputs))
     remove_gates(gm)
-    lift_layers(gm)
+    return lift_layers(gm)
+
+
+def _planned(gm: Network, options: LowerOptions) -> LowerPlan:
+    """What is kept, in which forms and in which order."""
     channels = analyse(gm)
-    plan = plan_lower(gm, channels, width_multiple)
-    plan = lay_out(gm, channels, plan)
+    plan = lay_out(gm, channels, plan_lower(gm, channels, options))
+    return plan if options.clock is None else confirm_forms(gm, plan, options.clock)
+
+
+def _carried_out(gm: Network, plan: LowerPlan, fold: bool) -> Network:
+    """The plan, carried out on `gm` in place."""
+    channels = analyse(gm)
     shrink_channels(gm, channels, plan)
     if fold:
         fold_batchnorm(gm)

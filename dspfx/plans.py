@@ -138,6 +138,7 @@ class PrunePlan(Plan):
             counted as kept (filter, input channel) pairs.
         gated_flops_left: the same fraction over the gated convolutions only, the papers' count.
         beta: the global share of energy below which group channels were dropped.
+        latency_left: measured time of the lowered network, to that of the dense one; None where it was no budget.
     """
 
     layers: tuple[PrunedLayer, ...]
@@ -145,6 +146,7 @@ class PrunePlan(Plan):
     params_left: float
     gated_flops_left: float
     beta: float
+    latency_left: float | None = None
 
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = []
@@ -158,7 +160,7 @@ class PrunePlan(Plan):
         return (
             f"{table}\nwhole network: {self.flops_left:.1%} of FLOPs and {self.params_left:.1%} of parameters left "
             f"(gated convolutions only: {self.gated_flops_left:.1%} of FLOPs)"
-        )
+        ) + ("" if self.latency_left is None else f"\nmeasured latency: {self.latency_left:.1%} of the dense network's")
 
 
 @dataclass(frozen=True)
@@ -166,21 +168,24 @@ class LoweredLayer:
     """How one layer is rewritten.
 
     Attributes:
-        form: "dense" (one layer of the kept filters and channels) or "branches" (a convolution a group).
+        form: "dense" (one layer of the kept filters and channels), "branches" (a convolution a group) or "grouped"
+            (one convolution with `groups`, padded to equal ones).
         filters, channels: what is kept, as indices into the layer before lowering, in the order in which it stands
             afterwards.
         groups: the branches, as indices into `filters` and `channels`; empty for "dense".
         macs, macs_left, macs_run: multiply-adds before, of the kept structure, and really executed; at batch 1.
+        ms: the milliseconds that the form was expected to take when it was chosen; None where nothing was measured.
     """
 
     name: str
-    form: Literal["dense", "branches"]
+    form: Literal["dense", "branches", "grouped"]
     filters: tuple[int, ...]
     channels: tuple[int, ...]
     groups: tuple[Group, ...]
     macs: int
     macs_left: int
     macs_run: int
+    ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -195,13 +200,19 @@ class LowerPlan(Plan):
         dense = sum(layer.macs for layer in self.layers)
         return sum(layer.macs_run for layer in self.layers) / dense if dense else 1.0
 
+    @property
+    def ms(self) -> float | None:
+        """The milliseconds expected of all layers together; None where nothing was measured."""
+        known = [layer.ms for layer in self.layers if layer.ms is not None]
+        return sum(known) if known else None
+
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = []
         for layer in self.layers:
             shape = "  ".join(f"{len(g.filters)}x{len(g.channels)}" for g in layer.groups)
             dense = f"{len(layer.filters)}x{len(layer.channels)}"
             share = [f"{part / layer.macs:.1%}" if layer.macs else "-" for part in (layer.macs_left, layer.macs_run)]
-            rows.append((layer.name, layer.form, dense, shape, *share))
-        headers = ["layer", "form", "filters x channels", "branches", "FLOPs left", "FLOPs run"]
+            rows.append((layer.name, layer.form, dense, shape, *share, "" if layer.ms is None else f"{layer.ms:.3f}"))
+        headers = ["layer", "form", "filters x channels", "branches", "FLOPs left", "FLOPs run", "ms expected"]
         table = tabulate(rows, headers=headers, disable_numparse=True)
         return f"{table}\nthe lowered network runs {self.flops_run:.1%} of the FLOPs"

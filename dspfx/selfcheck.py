@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +117,8 @@ def _check(model: nn.Module, example_inputs: Any, config: GateConfig) -> _Checke
     left = 1.0
     if gates:
         search = Search(gm, channels, lambda weight: torch.rand(weight.shape[:2]))
-        dropped = _connected(search, int(_SHARE_DROPPED * search.total))
-        plan = search.plan(dropped)
+        dropped = _connected(search, math.ceil(_SHARE_DROPPED * search.total))  # one step can be all there is
+        plan = search.plan(search.keep(dropped), search.beta(dropped))
         left = plan.flops_left
         apply_masks(gm, plan, channels)
         if search.total and left == 1.0:

@@ -1,4 +1,4 @@
-"""Decides which channels of a network go for good, and which form each convolution takes.
+"""Decides which channels of a network go for good, and which form each convolution takes (passes/choose_form.py).
 
 Everything is read from the weights: a channel goes where nobody needs it (graph/liveness.py) and nothing pins it;
 the groups of a convolution are its rows of equal zeros.
@@ -6,29 +6,25 @@ the groups of a convolution are its rows of equal zeros.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from dspfx.errors import ModelError
+from dspfx.forms import Clock, case_of
 from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.cost import LayerCost, layer_costs
-from dspfx.graph.liveness import Reads, liveness, unique_rows
+from dspfx.graph.liveness import Reads, liveness
 from dspfx.graph.simulate import keep_widths, pin_broken, simulate
 from dspfx.graph.traced import parts_of
-from dspfx.plans import Group, LoweredLayer, LowerPlan
-
-# Measured on CPUs (batch 1, fp32): below these sizes the gathers and narrow convolutions of branches cost more than
-# the multiply-adds they save.
-BRANCH_POSITIONS = 14 * 14
-BRANCH_WIDTH = 256
-BRANCH_SHARE = 0.75
-MAX_BRANCHES = 16
+from dspfx.passes.choose_form import BY_RULE, LowerOptions, choose_form
+from dspfx.plans import LoweredLayer, LowerPlan
 
 
-def plan_lower(model: nn.Module, channels: ChannelGraph, width_multiple: int = 1) -> LowerPlan:
+def plan_lower(model: nn.Module, channels: ChannelGraph, options: LowerOptions = BY_RULE) -> LowerPlan:
     """The LowerPlan of a plain network in eval mode; pins in `channels` what turns out not to be removable.
 
-    `width_multiple` keeps some dead channels so that each layer's width stays a multiple of it where it can.
     Raises ModelError where a weight is not finite.
     """
     steps = {step.name: step for step in reversed(channels.steps) if step.kind in ("conv", "depthwise")}
@@ -45,7 +41,8 @@ def plan_lower(model: nn.Module, channels: ChannelGraph, width_multiple: int = 1
     for step in steps.values():
         made[channels.root[step.out]] = True
     while True:
-        removed = keep_widths(channels, live.removable(channels) & made[channels.root], width_multiple)
+        removable = live.removable(channels) & made[channels.root] & (options.multiple > 0)
+        removed = keep_widths(channels, removable, max(options.multiple, 1))
         parts = parts_of(model).values()
         broken = [fault for part in parts for fault in simulate(part, channels, part.graph, removed).broken]
         if not broken:
@@ -54,39 +51,43 @@ def plan_lower(model: nn.Module, channels: ChannelGraph, width_multiple: int = 1
     costs = layer_costs(model)
     return LowerPlan(
         tuple(
-            _plan_layer(model, steps[name], reads.get(name), removed, cost)
+            _plan_layer(model, steps[name], reads.get(name), removed, cost, options)
             for name, cost in costs.items()
             if name in steps
         )
     )
 
 
-def _plan_layer(model: nn.Module, step: Step, read: Reads | None, removed: Tensor, cost: LayerCost) -> LoweredLayer:
+def _plan_layer(
+    model: nn.Module,
+    step: Step,
+    read: Reads | None,
+    removed: Tensor,
+    cost: LayerCost,
+    options: LowerOptions,
+) -> LoweredLayer:
+    layer = model.get_submodule(step.name)
     filters = (~removed[step.out]).nonzero().flatten()
-    if read is None:  # depthwise: one channel a filter
-        macs = len(filters) * cost.in_channels * cost.macs_per_pair
-        return LoweredLayer(step.name, "dense", tuple(filters.tolist()), (), (), cost.macs, macs, macs)
+    if read is None or (step.layer is not None and step.layer.groups > 1):  # depthwise, or whole groups are left
+        channels = filters[:0] if read is None else (~removed[step.ins[0]]).nonzero().flatten()
+        run = len(filters) * cost.in_channels * cost.macs_per_pair
+        left = run if read is None else int(read.pairs()[filters][:, channels].sum()) * cost.macs_per_pair
+        ms = None if options.clock is None else _grouped_ms(layer, cost, len(filters), options.clock)
+        kept = tuple(filters.tolist()), tuple(channels.tolist())
+        return LoweredLayer(step.name, "dense", *kept, (), cost.macs, left, run, ms)
     channels = (~removed[step.ins[0]]).nonzero().flatten()
     pairs = read.pairs()[filters][:, channels]
+    choice = choose_form(layer, pairs, cost.input_shapes, options)
+    left, run = (count * cost.macs_per_pair for count in (int(pairs.sum()), choice.pairs(*pairs.shape)))
     kept = tuple(filters.tolist()), tuple(channels.tolist())
-    left = int(pairs.sum()) * cost.macs_per_pair
-    if step.layer is not None and step.layer.groups > 1:  # whole groups are left
-        run = len(filters) * cost.in_channels * cost.macs_per_pair
-        return LoweredLayer(step.name, "dense", *kept, (), cost.macs, left, run)
-    groups = _groups(pairs)
-    dense = len(filters) * len(channels) * cost.macs_per_pair
-    split = sum(len(g.filters) * len(g.channels) for g in groups) * cost.macs_per_pair
-    wide = min(len(filters), len(channels)) >= BRANCH_WIDTH and cost.positions <= BRANCH_POSITIONS
-    can_split = isinstance(model.get_submodule(step.name), nn.Conv2d) and wide and 0 < len(groups) <= MAX_BRANCHES
-    if can_split and split <= BRANCH_SHARE * dense:
-        return LoweredLayer(step.name, "branches", *kept, groups, cost.macs, left, split)
-    return LoweredLayer(step.name, "dense", *kept, (), cost.macs, left, dense)
+    return LoweredLayer(step.name, choice.form, *kept, choice.groups, cost.macs, left, run, choice.ms)
 
 
-def _groups(pairs: Tensor) -> tuple[Group, ...]:
-    """Filters with equal rows of kept channels; those that read nothing are in no group."""
-    keep, row = unique_rows(pairs)
-    return tuple(
-        Group(tuple((row == g).nonzero().flatten().tolist()), tuple(keep[g].nonzero().flatten().tolist()))
-        for g in keep.any(1).nonzero().flatten().tolist()
+def _grouped_ms(layer: nn.Module, cost: LayerCost, filters: int, clock: Clock) -> float | None:
+    """The milliseconds of a grouped layer of which whole groups are left."""
+    cases = [case for case in (case_of(layer, shape) for shape in cost.input_shapes) if case is not None]
+    groups = [max(case.groups * filters // case.filters, 1) for case in cases]
+    return sum(
+        clock(replace(case.resized(filters, case.channels * g // case.groups), groups=g))
+        for case, g in zip(cases, groups, strict=True)
     )

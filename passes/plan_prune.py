@@ -2,11 +2,11 @@
 
 Structures are group channels (a slab W[filters of g, c]) and, where liveness cannot reach them, whole filters. All
 of them stand in one order by their cumulative share of energy (METHOD, pruning); pruning drops a prefix of it.
+With `GateConfig(balanced=True)` they go in steps, each a block of channels (or filters) of every group of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,27 +17,14 @@ from dspfx.errors import BudgetError, ModelError
 from dspfx.graph.channels import ChannelGraph, tensors_in
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import Liveness, Reads, liveness
-from dspfx.graph.traced import eval_graph, parts_of
-from dspfx.method.clustering import cluster_filters
-from dspfx.method.importance import group_energy, unit_share
+from dspfx.graph.traced import eval_graph, network_meta, parts_of
 from dspfx.modules import GatedLayer
+from dspfx.passes.score_structures import Energy, order_structures, score_layer, units
 from dspfx.plans import Group, PrunedLayer, PrunePlan
 
-Energy = Callable[[Tensor], Tensor]
-
 
 @dataclass(eq=False)
-class _Layer:
-    """One gated convolution: group [O] (-1 dead), scores of group channels [G, C] and of filters [O]."""
-
-    name: str
-    group: Tensor
-    channel_scores: Tensor
-    filter_scores: Tensor
-
-
-@dataclass(eq=False)
-class _Kept:
+class Kept:
     """The state after dropping a prefix of structures, with dead filters and channels taken out."""
 
     reads: dict[str, Reads]
@@ -57,7 +44,7 @@ def plan_prune(model: nn.Module, channels: ChannelGraph, budget: Budget, energy:
     search = Search(model, channels, energy)
     low, high = 0, search.total  # dropping `high` structures meets the budget, or nothing does
 
-    def meets(kept: _Kept) -> bool:
+    def meets(kept: Kept) -> bool:
         return (budget.flops is None or kept.flops <= budget.flops) and (
             budget.params is None or kept.params <= budget.params
         )
@@ -72,18 +59,20 @@ def plan_prune(model: nn.Module, channels: ChannelGraph, budget: Budget, energy:
     kept = search.keep(low)
     if not kept.is_connected or not meets(kept):
         floor = search.keep(max(low - 1, 0)) if not kept.is_connected else kept
+        least = "one block of channels" if search.is_balanced else "one channel"
         raise BudgetError(
-            f"{budget} is below what this network can reach: keeping one channel a group leaves {floor.flops:.4f} of "
+            f"{budget} is below what this network can reach: keeping {least} a group leaves {floor.flops:.4f} of "
             f"the FLOPs and {floor.params:.4f} of the parameters (layers without a gate count in full). Raise the "
             f"budget, use more groups, or gate more layers."
         )
-    return search.plan(low)
+    return search.plan(kept, search.beta(low))
 
 
 class Search:
     """All structures of a gated network in the order in which they go; `keep(k)` drops the first k.
 
-    A state is connected while every output that varies with the input still does.
+    What is counted are structures or, of a balanced network, steps, each of many structures that score the same. A
+    state is connected while every output that varies with the input still does.
     """
 
     def __init__(self, model: nn.Module, channels: ChannelGraph, energy: Energy) -> None:
@@ -92,33 +81,31 @@ class Search:
         self.gated = {name: m for name, m in model.named_modules() if isinstance(m, GatedLayer)}
         if not self.gated:
             raise ModelError(f"{model._get_name()} has no gated layer; call dspfx.prepare(model) before pruning.")
+        gate_plan = network_meta(model).get("gate_plan")
+        self.is_balanced = gate_plan is not None and gate_plan.config.balanced
         by_score = _filter_pruned(self, channels)
-        units = {
-            s.name: [_units(channels, wires) for wires in (s.out, s.ins[0])]
+        numbers = {
+            s.name: [units(channels, wires) for wires in (s.out, s.ins[0])]
             for s in reversed(channels.steps)
             if s.name in self.gated and s.kind == "conv"
         }
         self.layers = [
-            _score(name, gate, energy, units[name], by_score.get(name))
+            score_layer(name, gate, energy, numbers[name], by_score.get(name), self.is_balanced)
             for name, gate in self.gated.items()
             if name in self.costs
         ]
-        flat = [s.flatten() for layer in self.layers for s in (layer.channel_scores, layer.filter_scores)]
-        self.scores = torch.cat(flat) if flat else torch.empty(0)
-        self.order = self.scores.argsort(stable=True)
-        self.already_gone = int((self.scores == float("-inf")).sum())
-        # A group's best channel scores 1 and stays.
-        self.total = int((self.scores < 1).sum()) - self.already_gone
+        self.scores, self.order, self.ends = order_structures(self.layers)
+        self.total = len(self.ends) - 1
         self.dense = {s.name: Reads.whole(s) for s in channels.steps if s.kind == "conv"}
         ends = [n for part in parts_of(model).values() for n in eval_graph(part).output_node().all_input_nodes]
         outputs = [channels.values[n] for n in ends]
         wires = torch.cat([torch.empty(0, dtype=torch.int64), *(t.unique() for t in tensors_in(outputs))])
-        self.outputs = wires[liveness(channels, self._rows(0)).values[wires].isnan()]
+        self.outputs = wires[liveness(channels, self.rows(0)).values[wires].isnan()]
 
-    def _rows(self, dropped: int) -> dict[str, Reads]:
+    def rows(self, dropped: int) -> dict[str, Reads]:
         """What every convolution reads once the first `dropped` structures are gone, before liveness."""
         kept = torch.ones(len(self.scores), dtype=torch.bool)
-        kept[self.order[: self.already_gone + dropped]] = False
+        kept[self.order[: self.ends[dropped]]] = False
         reads = dict(self.dense)
         offset = 0
         for layer in self.layers:
@@ -130,9 +117,12 @@ class Search:
             reads[layer.name] = Reads(keep, torch.where(alive, layer.group, -1))
         return reads
 
-    def keep(self, dropped: int) -> _Kept:
-        """Drops, takes out what became dead (one pass forward and back is the fixed point) and counts."""
-        reads = self._rows(dropped)
+    def keep(self, dropped: int) -> Kept:
+        """What is left without the first `dropped` structures."""
+        return self.count(self.rows(dropped))
+
+    def count(self, reads: dict[str, Reads]) -> Kept:
+        """Takes out what is dead (one pass forward and back is the fixed point) and counts the rest."""
         live = liveness(self.channels, reads)
         reads, alive = _take_out_dead(self.channels, reads, live)
         flops = params = dense_flops = dense_params = gated = gated_dense = 0.0
@@ -145,7 +135,7 @@ class Search:
             if name in self.gated:
                 gated += pairs * cost.macs_per_pair
                 gated_dense += cost.macs
-        return _Kept(
+        return Kept(
             reads,
             flops / max(dense_flops, 1),
             params / max(dense_params, 1),
@@ -153,9 +143,12 @@ class Search:
             bool(live.values[self.outputs].isnan().all()),
         )
 
-    def plan(self, dropped: int) -> PrunePlan:
-        """The frozen form of `keep(dropped)`."""
-        kept = self.keep(dropped)
+    def beta(self, dropped: int) -> float:
+        """The score of the last structure that goes."""
+        return float(self.scores[self.order[self.ends[dropped] - 1]]) if dropped else 0.0
+
+    def plan(self, kept: Kept, beta: float = 0.0) -> PrunePlan:
+        """The frozen form of a state."""
         layers = []
         for layer in self.layers:
             read, cost = kept.reads[layer.name], self.costs[layer.name]
@@ -176,54 +169,7 @@ class Search:
                     pairs * cost.macs_per_pair,
                 )
             )
-        beta = float(self.scores[self.order[self.already_gone + dropped - 1]]) if dropped else 0.0
         return PrunePlan(tuple(layers), kept.flops, kept.params, kept.gated_flops, beta)
-
-
-def _score(name: str, module: GatedLayer, energy: Energy, units: list[Tensor], free: Tensor | None) -> _Layer:
-    """The layer's structures; `units` number what goes together, of filters and of channels, `free` are the filters
-    that are scored one by one (bool [O])."""
-    weight = module.by_filter(module.weight.detach()).cpu()
-    weight = weight.unflatten(2, module.weight.shape[2:]) if module.weight.dim() > 3 else weight
-    pairs = energy(weight)
-    if pairs.shape != weight.shape[:2]:
-        raise ModelError(
-            f"the importance function gave shape {tuple(pairs.shape)} for {name}; it must give one energy a (filter, "
-            f"input channel) pair, {tuple(weight.shape[:2])}."
-        )
-    if not _is_finite(pairs) or not _is_finite(weight):
-        raise ModelError(
-            f"{name} holds weights or energies that are not finite (NaN or infinity); restore a sound one."
-        )
-    pairs = pairs * module.gate_mask().cpu()
-    if module.is_pruned:
-        group = module.gate_group.cpu()
-    elif module.is_learned:
-        group = module.gate_logits.argmax(0).cpu()
-    else:
-        group = cluster_filters(pairs, module.gate_groups)  # in the energies' own precision, for speed
-    pairs = pairs.double()
-    filled = torch.zeros(module.gate_groups, dtype=torch.bool)
-    filled[group[group >= 0]] = True
-    eligible = module.gate_keep.cpu() & filled[:, None]
-    channel_scores = unit_share(group_energy(pairs, group, module.gate_groups), eligible, units[1])
-    filter_scores = torch.where(group >= 0, torch.tensor(1.0).double(), torch.tensor(float("-inf")).double())
-    if free is not None:
-        scores = unit_share(pairs.sum(1), group >= 0, units[0])
-        filter_scores = torch.where(free | (group < 0), scores, filter_scores)
-    return _Layer(name, group, channel_scores, filter_scores)
-
-
-def _units(channels: ChannelGraph, wires: Tensor) -> Tensor:
-    """int64 [n]: the number of what goes together; what is pinned goes nowhere and is read channel by channel."""
-    alone = -1 - torch.arange(len(wires))
-    roots = torch.where(channels.pinned()[wires], alone, channels.root[wires])
-    return roots.unique(return_inverse=True)[1]
-
-
-def _is_finite(values: Tensor) -> bool:
-    """No entry is NaN or infinite; a finite sum says so at once."""
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def _filter_pruned(search: Search, channels: ChannelGraph) -> dict[str, Tensor]:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dspfx import pipeline
 from dspfx.config import Budget, GateConfig
 from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d
+from dspfx.passes.choose_form import LowerOptions
 from dspfx.pipeline import prepare, prune
 from tests.zoo import ZooEntry
 
@@ -103,3 +105,10 @@ def _pruned(entry: ZooEntry) -> TracedModule:
     if gates:
         prune(gm, Budget(flops=0.6))
     return gm
+
+
+def forced(model: nn.Module, form: str = "branches", multiple: int = 1, fold: bool = True) -> Any:
+    """`model` lowered with every layer in `form` that can take it, and widths in multiples."""
+    gm = pipeline._plain(model, None)
+    options = LowerOptions(multiple, lambda case: 1.0 if case.form == form else 2.0)
+    return pipeline._carried_out(gm, pipeline._planned(gm, options), fold)

@@ -13,11 +13,10 @@ from dspfx.config import GateConfig
 from dspfx.graph.traced import TracedModule, all_graphs
 from dspfx.graph.tracer import expect
 from dspfx.modules import GatedConv2d, GroupConv2d
-from dspfx.passes import plan_lower
 from dspfx.pipeline import lower, prepare
 from dspfx.plans import LowerPlan
 from dspfx.selfcheck import TOLERANCE, selfcheck
-from tests.compare import error, fingerprint, gradients, pruned, run, same, unchanged
+from tests.compare import error, fingerprint, forced, gradients, pruned, run, same, unchanged
 from tests.zoo import ZOO, ZooEntry
 
 each_entry = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
@@ -118,14 +117,11 @@ def test_selfcheck_passes(entry: ZooEntry) -> None:
 
 @each_entry
 @pytest.mark.parametrize("form", ["dense", "branches", "unfolded in fours"])
-def test_masked_equals_lowered(entry: ZooEntry, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if form == "branches":
-        monkeypatch.setattr(plan_lower, "BRANCH_WIDTH", 1)
-        monkeypatch.setattr(plan_lower, "BRANCH_POSITIONS", 10**9)
-        monkeypatch.setattr(plan_lower, "BRANCH_SHARE", 1.01)
+def test_masked_equals_lowered(entry: ZooEntry, form: str) -> None:
     gm = pruned(entry)
     before = fingerprint(gm)
-    small = lower(gm, fold=form != "unfolded in fours", width_multiple=4 if form == "unfolded in fours" else 1)
+    multiple = 4 if form == "unfolded in fours" else 1
+    small: TracedModule = forced(gm, form, multiple, fold=multiple == 1)
     assert unchanged(before, fingerprint(gm))
     assert not small.training
     assert not any(isinstance(m, GatedConv2d) for m in small.modules())

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "errors", "plans"},
     {"method"},
-    {"graph", "modules", "norms"},
+    {"graph", "modules", "norms", "forms", "grouped"},
     {"passes"},
     {"gates", "second_pass", "learner", "storage"},
     {"deploy"},
-    {"enliven", "pipeline", "profiler", "coverage", "selfcheck"},
+    {"enliven", "pipeline", "profiler", "coverage", "selfcheck", "estimate"},
     {"integrations"},
     {"__init__"},
     {"cli", "__main__"},

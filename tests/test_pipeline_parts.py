@@ -128,7 +128,7 @@ def test_an_unprepared_detector_can_be_lowered() -> None:
         model.get_parameter("head.tower.0.0.weight")[:3] = 0
         model.get_parameter("head.tower.0.1.weight")[:3] = 0
         model.get_parameter("head.tower.0.1.bias")[:3] = 0
-    small = dspfx.lower(model, pictures())
+    small = dspfx.lower(model, pictures(), tune=None)
     assert small.get_parameter("head.tower.0.0.weight").shape[0] == 5
     assert same([x for x in leaves(small(pictures())) if not x.is_floating_point()], leaves(model(pictures()))[::2])
 
@@ -141,7 +141,7 @@ def test_other_example_inputs_count_another_size() -> None:
         torch.Size((4, shape[1], 24, 32)) for shape in shapes
     ]
     assert network_meta(gm)["inputs"].args[0].shape == (4, 3, 24, 32)
-    small = dspfx.lower(gm, images(1, 3, 20, 20))
+    small = dspfx.lower(gm, images(1, 3, 20, 20), tune=None)
     assert parts_of(small)["stem"].meta["inputs"].args[0].shape == (1, 3, 20, 20)
 
 

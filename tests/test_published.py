@@ -14,7 +14,7 @@ from tests.nets.published import load_images, load_published, logits
 def test_the_published_resnet20_keeps_every_prediction() -> None:
     model = load_published(DSP_RESNET20)
     images, labels = load_images(CIFAR_LOSSLESS)
-    small = dspfx.lower(model, images[:2])
+    small = dspfx.lower(model, images[:2], tune=None)
     expected, found = logits(model, images), logits(small, images)
     assert len(images) == 1017
     assert float((expected.argmax(1) == labels).double().mean()) == pytest.approx(0.923, abs=5e-4)
@@ -26,6 +26,6 @@ def test_the_published_resnet20_keeps_every_prediction() -> None:
 def test_the_published_resnet20_gets_cheaper() -> None:
     model = load_published(DSP_RESNET20)
     image = torch.zeros(1, 3, 32, 32)
-    dense, lowered = dspfx.profile(model, image), dspfx.profile(dspfx.lower(model, image))
+    dense, lowered = dspfx.profile(model, image), dspfx.profile(dspfx.lower(model, image, tune=None))
     assert lowered.flops < dense.flops
     assert lowered.params < dense.params

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dspfx.config import GateConfig
 from dspfx.graph.traced import TracedModule
-from dspfx.passes import plan_lower
+from dspfx.passes import choose_form
 from dspfx.pipeline import lower, prepare
 from dspfx.selfcheck import TOLERANCE, selfcheck
 from tests.compare import error, run, same
@@ -62,7 +62,7 @@ def test_prepared_equals_original_and_masked_equals_lowered(program: Program) ->
             check_zeros(program.build())
     check_lowered(model, program)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_lower, "BRANCH_WIDTH", 1)
-        patch.setattr(plan_lower, "BRANCH_POSITIONS", 10**9)
-        patch.setattr(plan_lower, "BRANCH_SHARE", 1.01)
+        patch.setattr(choose_form, "BRANCH_WIDTH", 1)
+        patch.setattr(choose_form, "BRANCH_POSITIONS", 10**9)
+        patch.setattr(choose_form, "BRANCH_SHARE", 1.01)
         check_lowered(model, program)

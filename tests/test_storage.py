@@ -133,7 +133,7 @@ def test_every_network_comes_back_bit_for_bit(entry: ZooEntry, tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
 def test_torchvision_networks_come_back_bit_for_bit(build: Callable[..., nn.Module], tmp_path: Path) -> None:
     images = torch.randn(2, 3, 64, 64)
-    small = dspfx.lower(build(weights=None).eval(), images)
+    small = dspfx.lower(build(weights=None).eval(), images, tune=None)
     dspfx.save(small, tmp_path / "lowered")
     assert_equal(outputs(dspfx.load(tmp_path / "lowered"), (images,)), outputs(small, (images,)))
 
@@ -184,7 +184,7 @@ def test_inputs_and_node_values_come_back(tmp_path: Path) -> None:
             return self.conv(x) * scales["first"] * power
 
     inputs = dspfx.Inputs(IMAGES, {"first": torch.ones(1)}, power=2.0)
-    small = dspfx.lower(Keywords(), inputs)
+    small = dspfx.lower(Keywords(), inputs, tune=None)
     dspfx.save(small, tmp_path / "a")
     loaded = dspfx.load(tmp_path / "a")
     assert loaded.meta["inputs"].kwargs == {"power": 2.0}
@@ -331,16 +331,16 @@ def test_parts_without_a_stored_form_are_named(tmp_path: Path) -> None:
         "Node special_erfinv (call_function) calls torch._C._special.special_erfinv(), which is not among the storable "
         f"functions. {instead}"
     ):
-        dspfx.save(dspfx.lower(Erfinv(), IMAGES), tmp_path / "a")
+        dspfx.save(dspfx.lower(Erfinv(), IMAGES, tune=None), tmp_path / "a")
     with fails(f"1 is a tests.test_storage.Odd, which is not among the storable layers. {instead}"):
-        dspfx.save(dspfx.lower(nn.Sequential(nn.Conv2d(3, 8, 3), Odd()), IMAGES), tmp_path / "a")
-    small = dspfx.lower(Small(), IMAGES)
+        dspfx.save(dspfx.lower(nn.Sequential(nn.Conv2d(3, 8, 3), Odd()), IMAGES, tune=None), tmp_path / "a")
+    small = dspfx.lower(Small(), IMAGES, tune=None)
     small.head.register_forward_hook(lambda module, args, result: result)
     with fails(
         f"head is a torch.nn.modules.linear.Linear with hooks, which is not among the storable layers. {instead}"
     ):
         dspfx.save(small, tmp_path / "a")
-    small = dspfx.lower(Small(), IMAGES)
+    small = dspfx.lower(Small(), IMAGES, tune=None)
     small.conv2.padding_mode = "reflect"
     small.conv2.extra_repr = lambda: "altered"
     with fails(f"conv2 is not what Conv2d's arguments make of it. {instead}"):
@@ -349,7 +349,8 @@ def test_parts_without_a_stored_form_are_named(tmp_path: Path) -> None:
 
 
 def test_a_subclass_that_computes_what_torchs_does_is_stored_as_torchs(tmp_path: Path) -> None:
-    small = dspfx.lower(nn.Sequential(Mine(3, 8, 3, padding=1, bias=False), nn.ReLU(), Mine(8, 4, 1)), IMAGES)
+    network = nn.Sequential(Mine(3, 8, 3, padding=1, bias=False), nn.ReLU(), Mine(8, 4, 1))
+    small = dspfx.lower(network, IMAGES, tune=None)
     dspfx.save(small, tmp_path / "a")
     again = dspfx.load(tmp_path / "a")
     assert [type(layer) for layer in again.children()] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
@@ -375,7 +376,7 @@ class Backwards(nn.Module):
 
 
 def test_layers_keep_their_order(tmp_path: Path) -> None:
-    small = dspfx.lower(Backwards(), IMAGES)
+    small = dspfx.lower(Backwards(), IMAGES, tune=None)
     dspfx.save(small, tmp_path / "a")
     names = [name for name, _ in dspfx.load(tmp_path / "a").named_modules()]
     assert names == [name for name, _ in small.named_modules()]

@@ -37,7 +37,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    small = dspfx.lower(Tiny(), torch.randn(2, 3, 4, 4))
+    small = dspfx.lower(Tiny(), torch.randn(2, 3, 4, 4), tune=None)
     dspfx.save(small, tmp_path / "a")
     return tmp_path / "a"
 
@@ -241,6 +241,22 @@ def test_arguments_of_layers_are_checked(path: Path) -> None:
             "dspfx.GroupConv2d",
             group | {"groups": {"tuple": [{"tuple": [[0], [0]]}]}},
             f"a group convolution's {10**12} filters are not those of its groups",
+        ),
+        ("dspfx.PaddedGroupConv2d", group | {"groups": far}, f"a group convolution reads channels outside its {2**20}"),
+        (
+            "dspfx.PaddedGroupConv2d",
+            group | {"groups": {"tuple": [{"tuple": [[0, -1], [0]]}]}},
+            f"a group convolution's {10**12} filters are not those of its groups",
+        ),
+        (
+            "dspfx.PaddedGroupConv2d",
+            group | {"out_channels": 2, "groups": {"tuple": [{"tuple": [[0, 10**12], [0]]}]}},
+            "a group convolution's 2 filters are not those of its groups",
+        ),
+        (
+            "dspfx.PaddedGroupConv2d",
+            group | {"out_channels": 2, "groups": {"tuple": [{"tuple": [[0, "x"], [0]]}]}},
+            "a group convolution's 2 filters are not those of its groups",
         ),
         (
             "dspfx.GroupConv2d",

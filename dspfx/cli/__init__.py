@@ -1,1 +1,1 @@
-"""The command line: `python -m dspfx compress | profile`, built on the public names of dspfx only."""
+"""The command line: `python -m dspfx compress | profile | benchmark`, thin callers of the library."""

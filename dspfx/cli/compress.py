@@ -17,13 +17,17 @@ from dspfx.cli.checkpoints import claim_folder, load_state, save_state, write_at
 from dspfx.cli.data import Data, load_data
 from dspfx.cli.options import Settings, add_arguments, read_settings, set_machine
 from dspfx.cli.training import Progress, Trainer, evaluate, recalibrate, say
+from dspfx.deploy.benchmark import Results
+from dspfx.deploy.compete import Contest
 from dspfx.errors import MismatchError
+from dspfx.graph.traced import network_meta
 from dspfx.plans import PrunePlan
 
 TOLERANCE = 1e-4  # of the output's scale, between pruned and lowered in float32
 DESCRIPTION = """\
 Makes a convolutional network smaller and faster: trains or loads it, learns which filters belong together, prunes to a
-budget, fine-tunes, and lowers the result to plain torch modules. Started again, the same command goes on from the last
+budget, fine-tunes, and lowers the result to plain torch modules, in the form that is fastest in the runtime it is for.
+Started again, the same command goes on from the last
 finished epoch."""
 
 
@@ -45,35 +49,51 @@ def run(args: argparse.Namespace) -> None:
     say(f"{len(data.train)} training and {len(data.val)} validation images of {data.image_size} pixels; {machine}")
     trainer = Trainer(settings.recipe, data.train, data.val, checkpoints)
     example = next(data.val.in_order(2))[0]
+    single = example[:1].to(machine.timed_on(settings.runtime))
 
     torch.manual_seed(settings.recipe.seed)
     dense = models.build(settings.model, len(data.classes))
     if settings.checkpoint is not None:
         models.load_checkpoint(dense, Path(settings.checkpoint))
     dense.to(machine.device)
-    rehearse(dense, example, settings, trainer)
+    rehearse(dense, example, single, settings, trainer)
     curves = {"dense": train_dense(dense, settings, trainer)}
     gm = dspfx.prepare(dense, example, settings.gates)
     curves["learn"] = learn(gm, settings, trainer)
-    plan = prune(gm, example, settings, trainer)
+    plan = prune(gm, single, settings, trainer)
     curves["tune"] = tune(gm, settings, trainer)
-    networks: dict[str, nn.Module] = {"dense": dense, "pruned": gm, "lowered": dspfx.lower(gm, example)}
-    check_equal(gm, networks["lowered"], example)
+    small, contest = lower(gm, single, settings)
+    check_equal(gm, small, example)
+    networks: dict[str, nn.Module] = {"dense": dense, "pruned": gm, "lowered": small}
     if settings.dense_control:
         networks["control"], curves["control"] = train_control(dense, settings, trainer)
 
     write_text(out / "plan.json", plan.to_json())
-    rows = measure(networks, data, example, plan, settings, out)
-    report.write(out, settings, machine, plan, rows, {name: stage.curve for name, stage in curves.items()})
+    measured = measure(networks, data, single, plan, settings, out)
+    report.write(out, settings, machine, plan, measured, contest, {name: p.curve for name, p in curves.items()})
     say("\n" + report.show(out))
 
 
-def rehearse(dense: nn.Module, example: Tensor, settings: Settings, trainer: Trainer) -> None:
-    """Prints what can be gated; whatever prepare, GroupLearner or prune refuse ends the run here, before training."""
+def rehearse(dense: nn.Module, example: Tensor, single: Tensor, settings: Settings, trainer: Trainer) -> None:
+    """Prints what can be gated; whatever prepare, GroupLearner, prune or the runtime refuse ends the run here.
+
+    A run that has checkpoints came through this before it made them, and measures no latency again.
+    """
     gm = dspfx.prepare(dense, example, settings.gates)
     say(str(dspfx.coverage(gm)))
     make_learner(gm, trainer.optimizer(gm), 1, settings).close()
-    dspfx.prune(gm, settings.budget, example_inputs=example)
+    if any(trainer.folder.iterdir()):
+        return
+    latency = settings.budget.latency
+    if latency is not None:
+        say(
+            f"Can this network reach {latency:.1%} of its time on {settings.runtime}? Tried before training; "
+            "its layers are measured once on a machine."
+        )
+    plan = prune_to_budget(gm, single, settings)
+    if latency is not None:
+        say(f"It can: {plan.latency_left:.1%} was measured, with {plan.flops_left:.1%} of the FLOPs.")
+    time_together({"dense": dense, "pruned": gm}, single, settings, rounds=2)
 
 
 def make_learner(gm: nn.Module, optimizer: SGD, steps: int, settings: Settings) -> dspfx.GroupLearner:
@@ -100,7 +120,21 @@ def learn(gm: nn.Module, settings: Settings, trainer: Trainer) -> Progress:
         return trainer.fit(gm, optimizer, stage, learner)
 
 
-def prune(gm: nn.Module, example: Tensor, settings: Settings, trainer: Trainer) -> PrunePlan:
+def prune_to_budget(gm: nn.Module, single: Tensor, settings: Settings) -> PrunePlan:
+    """Prunes `gm` in place; a latency is that of one image, with the threads that PyTorch has now."""
+    device = next(gm.parameters()).device
+    plan = dspfx.prune(
+        gm.to(single.device),
+        settings.budget,
+        example_inputs=single,
+        runtime=settings.runtime,
+        threads=torch.get_num_threads(),
+    )
+    gm.to(device)
+    return plan
+
+
+def prune(gm: nn.Module, single: Tensor, settings: Settings, trainer: Trainer) -> PrunePlan:
     """Prunes `gm` to the budget and re-calibrates its batch norms, or repeats what an earlier start decided."""
     path = trainer.folder / "pruned.pt"
     state = load_state(path)
@@ -108,7 +142,7 @@ def prune(gm: nn.Module, example: Tensor, settings: Settings, trainer: Trainer) 
         gm.load_state_dict(state["model"])
         plan = PrunePlan.from_json(state["plan"])
     else:
-        plan = dspfx.prune(gm, settings.budget, example_inputs=example)
+        plan = prune_to_budget(gm, single, settings)
         recalibrate(gm, trainer.train, settings.recipe.batch_size)
         save_state(path, {"model": gm.state_dict(), "plan": plan.to_json()})
     say(str(plan))
@@ -127,6 +161,15 @@ def train_control(dense: nn.Module, settings: Settings, trainer: Trainer) -> tup
     return control, trainer.fit(control, trainer.optimizer(control), settings.stage("control"))
 
 
+def lower(gm: nn.Module, single: Tensor, settings: Settings) -> tuple[nn.Module, Contest]:
+    """(the form of the pruned network that is fastest on one image, what it was compared with)."""
+    twin = copy.deepcopy(gm).to(single.device)
+    small = dspfx.lower(twin, single, settings.runtime, threads=torch.get_num_threads())
+    contest: Contest = network_meta(small)["contest"]
+    say(f"lowered for {settings.runtime}:\n{contest}")
+    return small.to(next(gm.parameters()).device), contest
+
+
 @torch.no_grad()
 def check_equal(gm: nn.Module, small: nn.Module, example: Tensor) -> None:
     """Raises MismatchError where the lowered network answers otherwise than the pruned one."""
@@ -142,9 +185,15 @@ def check_equal(gm: nn.Module, small: nn.Module, example: Tensor) -> None:
         )
 
 
+def time_together(networks: dict[str, nn.Module], single: Tensor, settings: Settings, rounds: int = 30) -> Results:
+    """The networks' times on one image in the runtime that they are for, and on the device that it is for."""
+    twins = {name: copy.deepcopy(network).to(single.device) for name, network in networks.items()}
+    return dspfx.benchmark(twins, single, runtime=settings.runtime, rounds=rounds, threads=torch.get_num_threads())
+
+
 def measure(
-    networks: dict[str, nn.Module], data: Data, example: Tensor, plan: PrunePlan, settings: Settings, out: Path
-) -> list[report.Row]:
+    networks: dict[str, nn.Module], data: Data, single: Tensor, plan: PrunePlan, settings: Settings, out: Path
+) -> report.Measured:
     """Saves every network, then measures size, speed and, reading the test split here only, accuracy."""
     files = {name: out / f"{name}.safetensors" for name in networks} | {"lowered": out / "network.safetensors"}
     for name, network in networks.items():
@@ -153,11 +202,11 @@ def measure(
         else:
             state = {key: value.contiguous() for key, value in network.state_dict().items()}
             write_atomically(files[name], lambda part, state=state: safetensors.torch.save_file(state, part))  # type: ignore[misc]
-    timing = dspfx.benchmark(networks, example[:1], threads=torch.get_num_threads())
+    timing = time_together(networks, single, settings)
     test = data.test()
     rows = []
     for name, network in networks.items():
-        profile = dspfx.profile(network, example[:1])
+        profile = dspfx.profile(network, single.to("meta"))
         is_compressed = name in ("pruned", "lowered")
         rows.append(
             report.Row(
@@ -172,4 +221,4 @@ def measure(
                 latency_ratio=timing[name].ratio,
             )
         )
-    return rows
+    return report.Measured(rows, timing.setting)

@@ -13,6 +13,7 @@ from dspfx.cli import data, models
 from dspfx.cli.data import DataConfig
 from dspfx.cli.training import Recipe, Stage
 from dspfx.config import Budget, GateConfig
+from dspfx.deploy.runtimes import RUNTIMES, find_runtime
 from dspfx.errors import ConfigError
 
 Value = TypeVar("Value", int, float)
@@ -59,6 +60,7 @@ class Settings:
     lr_tune: float
     gates: GateConfig
     budget: Budget
+    runtime: str
     mode: Literal["fused", "exact"]
     strength: float | Literal["auto"]
     one_shot: bool
@@ -66,6 +68,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         models.check_name(self.model)
+        find_runtime(self.runtime)
         for name in ("lr", "lr_tune"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a positive number.")
@@ -110,6 +113,11 @@ class Machine:
     device: torch.device
     workers: int
 
+    def timed_on(self, runtime: str) -> torch.device:
+        """Where networks are timed: on this device, or on the one that the runtime is for."""
+        devices = find_runtime(runtime).devices
+        return self.device if not devices or self.device.type in devices else torch.device(devices[0])
+
     def __str__(self) -> str:
         return f"device {self.device}, CPU threads: {torch.get_num_threads()}"
 
@@ -128,7 +136,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_share,
         default=[("flops", 0.35)],
         metavar="WHAT=SHARE",
-        help="what remains of the dense network: flops=0.35, params=0.5 or both (default: flops=0.35)",
+        help="what remains of the dense network, all that are given at once: flops=0.35, params=0.5, latency=0.5 "
+        "(measured, on --runtime) (default: flops=0.35)",
+    )
+    how.add_argument(
+        "--runtime",
+        default="eager",
+        help=f"where the network is to be fast at batch 1: {', '.join(RUNTIMES)} (default: %(default)s)",
     )
     how.add_argument("--groups", type=int, default=4, help="groups a convolution (default: %(default)s)")
     how.add_argument("--mode", choices=("fused", "exact"), default="fused", help="how groups learn (default: fused)")
@@ -202,6 +216,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         lr_tune=_given(args.lr_tune, default.lr_tune),
         gates=GateConfig(groups=args.groups),
         budget=Budget(**dict(args.budget)),
+        runtime=args.runtime,
         mode=args.mode,
         strength=args.strength,
         one_shot=args.one_shot,

@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from tabulate import tabulate
-from torch import nn
 
 import dspfx
-from dspfx.cli import models
-from dspfx.errors import ConfigError, StorageError
+from dspfx.cli import networks
 from dspfx.profiler import LayerProfile, Profile
 
 DESCRIPTION = """\
@@ -24,10 +20,9 @@ python -m dspfx profile resnet20 --against runs/demo/network.safetensors"""
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `profile` to the command line."""
     parser = commands.add_parser("profile", help="count FLOPs and parameters per layer", description=DESCRIPTION)
-    parser.add_argument("network", help=f"a file that dspfx.save wrote, or {models.HELP}")
+    parser.add_argument("network", help=networks.HELP)
     parser.add_argument("--against", metavar="NETWORK", help="the compressed network, a name or a file likewise")
-    parser.add_argument("--input", type=_shape, metavar="1,3,H,W", help="(default: the size the network is made for)")
-    parser.add_argument("--classes", type=int, help="of named networks (default: 10 if built in, torchvision's 1000)")
+    networks.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run, interrupted="nothing was changed")
 
@@ -35,14 +30,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> None:
     """Prints the profile of `args.network`, or of it and `args.against`; raises DspfxError."""
     names = [args.network] if args.against is None else [args.network, args.against]
-    known = [name for name in names if not Path(name).is_file()]
-    shape = args.input
-    if shape is None and known:
-        size = models.default_image_size(known[0])
-        shape = (1, 3, size, size)
-    example = None if shape is None else torch.zeros(shape)  # a saved network knows its own
-    classes = args.classes or (10 if known and known[0] in models.BUILT_IN else 1000)
-    profiles = [dspfx.profile(_open(name, known[:1], classes), example) for name in names]
+    example = networks.example_image(names, args.input)  # a saved network knows its own
+    profiles = [dspfx.profile(network, example) for network in networks.open_networks(names, args.classes)]
     if args.json:
         content = {name: json.loads(found.to_json()) for name, found in zip(names, profiles, strict=True)}
         print(json.dumps(content, indent=1))
@@ -95,27 +84,3 @@ def _ancestor(name: str, names: Sequence[str]) -> str:
     """The layer that `name` is, or is part of: the branches of layer1.0.conv1 are layer1.0.conv1.0 and so on."""
     owners = [known for known in names if known and (name == known or name.startswith(known + "."))]
     return max(owners, key=len, default=name)
-
-
-def _open(name: str, known: Sequence[str], classes: int) -> nn.Module:
-    """A named network, or a saved one (a pruned one is read into the network named beside it)."""
-    if Path(name).is_file():
-        try:
-            return dspfx.load(name)
-        except StorageError:
-            if not known:
-                raise
-            return dspfx.load(name, models.build(known[0], classes))  # a pruned one needs its class
-    if "/" in name or name.endswith(".safetensors"):
-        raise ConfigError(f"{name} is not a file; give one that dspfx.save wrote, or the name of a network.")
-    return models.build(name, classes)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        shape = ()
-    if len(shape) < 2 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; give sizes such as 1,3,224,224")
-    return shape

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torchvision
 from tabulate import tabulate
 
-import dspfx
+from dspfx.cli import record
 from dspfx.cli.checkpoints import read_json, write_text
 from dspfx.cli.options import Machine, Settings
 from dspfx.cli.training import Score
-from dspfx.deploy.machine import processor
+from dspfx.deploy.compete import Contest
+from dspfx.deploy.runtimes import describe_runtime
 from dspfx.plans import PrunePlan
 
 FILE = "results.json"
@@ -49,35 +47,41 @@ class Row:
     latency_ratio: float
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Every network's row, and what the latency was measured on, in words."""
+
+    rows: list[Row]
+    setting: str
+
+
 def write(
     out: Path,
     settings: Settings,
     machine: Machine,
     plan: PrunePlan,
-    rows: list[Row],
+    measured: Measured,
+    contest: Contest,
     curves: dict[str, list[dict[str, float]]],
 ) -> None:
     """Writes results.json, whose presence says that the run is finished."""
     content = {
         "arguments": settings.flat(),
-        "versions": {"python": platform.python_version()}
-        | {"dspfx": dspfx.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
-        "machine": describe(machine),
-        "networks": {row.name: asdict(row) for row in rows},
-        "left": {"flops": plan.flops_left, "params": plan.params_left, "gated_flops": plan.gated_flops_left},
+        "versions": record.versions(),
+        "machine": record.describe_machine(machine.device, torch.get_num_threads()),
+        "networks": {row.name: asdict(row) for row in measured.rows},
+        "left": {
+            "flops": plan.flops_left,
+            "params": plan.params_left,
+            "gated_flops": plan.gated_flops_left,
+            "latency": plan.latency_left,
+        },
+        "runtime": describe_runtime(settings.runtime),
+        "latency": measured.setting,
+        "contest": asdict(contest),
         "curves": curves,
     }
     write_text(out / FILE, json.dumps(content, indent=1))
-
-
-def describe(machine: Machine) -> dict[str, Any]:
-    """Processor, device and threads."""
-    return {
-        "processor": processor(),
-        "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
 
 
 def show(out: Path) -> str:
@@ -99,12 +103,13 @@ def show(out: Path) -> str:
         for name, row in networks.items()
     ]
     table = tabulate(rows, headers=HEADERS)
-    images, machine = dense["test"]["images"], content["machine"]
+    images, contest = dense["test"]["images"], content["contest"]
     limit = content["arguments"]["limit_train"]
     notes = [
         f"Accuracy on {images} test images, read once. Needed: by the weights that were kept, groups counted exactly; "
         "executed and stored: in PyTorch.",
-        f"Latency at batch 1 in PyTorch on {machine['device']}; CPU threads: {machine['threads']}.",
+        f"Latency: {content['latency']}.",
+        f"Lowered: {contest['winner']}, of {len(contest['results'])} forms of the network that were timed there.",
         f"The network is {out / 'network.safetensors'} (for dspfx.load), all numbers are in {out / FILE}.",
     ]
     if limit is not None:

@@ -1,12 +1,8 @@
-"""How fast networks run beside each other: interleaved rounds, so that a machine that slows down slows them all."""
+"""How fast networks run beside each other, as a user would measure it."""
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,25 +14,8 @@ from dspfx.config import Inputs
 from dspfx.deploy.machine import describe_machine
 from dspfx.deploy.quiet import torch_threads
 from dspfx.deploy.runtimes import build, describe_runtime, find_runtime
+from dspfx.deploy.timing import Call, Result, compare, complete, interleave
 from dspfx.errors import ConfigError, InputError, MismatchError, RuntimeBuildError
-
-WARM_UP = 3  # calls of each network before anything counts
-SAMPLE_SECONDS = 0.005  # a fast network is called more than once a sample, or the clock would be what is measured
-
-
-@dataclass(frozen=True)
-class Result:
-    """The time of one network.
-
-    Attributes:
-        median_ms: milliseconds of a call, the median over rounds.
-        ratio: to the first network, the median of the ratios within a round; below 1 is faster.
-        spread: the interquartile range of those ratios.
-    """
-
-    median_ms: float
-    ratio: float
-    spread: float
 
 
 class Results(dict[str, Result]):
@@ -88,22 +67,30 @@ def benchmark(
     inputs = Inputs.of(example_inputs)
     built = {name: _build(runtime, name, model, inputs, threads) for name, model in models.items()}
     with torch_threads(threads), torch.inference_mode():
-        samples = _measure({name: _call(network, inputs, device) for name, network in built.items()}, rounds)
-    shapes = [tuple(x.shape) for x in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]
-    shape = ", ".join("x".join(map(str, s)) for s in shapes)
-    setting = f"input {shape}, {rounds} rounds; {describe_runtime(runtime)}, {describe_machine(device, threads)}"
+        samples = interleave({name: forward_pass(network, inputs, device) for name, network in built.items()}, rounds)
+    setting = f"input {describe_shapes(inputs)}, {rounds} rounds; {describe_setting(runtime, device, threads)}"
     return Results(compare(samples), setting)
 
 
-def compare(samples: Mapping[str, list[float]]) -> dict[str, Result]:
-    """Results from each network's seconds, round by round; the first network is the reference."""
-    reference = next(iter(samples.values()))
-    results = {}
-    for name, seconds in samples.items():
-        ratios = [ours / theirs for ours, theirs in zip(seconds, reference, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        results[name] = Result(1e3 * statistics.median(seconds), middle, high - low)
-    return results
+def describe_shapes(inputs: Inputs) -> str:
+    """The shapes of all tensors, "1x3x224x224"."""
+    shapes = [x.shape for x in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def describe_setting(runtime: str, device: torch.device, threads: int) -> str:
+    """Runtime with version, machine, threads."""
+    return f"{describe_runtime(runtime)}, {describe_machine(device, threads)}"
+
+
+def forward_pass(model: nn.Module, inputs: Inputs, device: torch.device) -> Call:
+    """One complete forward pass."""
+    return complete(lambda: model(*inputs.args, **inputs.kwargs), device)
+
+
+def first_device(model: nn.Module) -> torch.device:
+    """Where a network's parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _build(runtime: str, name: str, model: nn.Module, inputs: Inputs, threads: int) -> nn.Module:
@@ -114,40 +101,9 @@ def _build(runtime: str, name: str, model: nn.Module, inputs: Inputs, threads: i
         raise type(error)(f"{name}: {error}") from error
 
 
-def _measure(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of one call, by name, a list over rounds."""
-    repeats = {}
-    for name, call in calls.items():
-        seconds = min(_time(call, 1) for _ in range(WARM_UP))
-        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(rounds):
-        for name in list(calls)[:: -1 if index % 2 else 1]:
-            samples[name].append(_time(calls[name], repeats[name]))
-    return samples
-
-
-def _time(call: Callable[[], None], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def _call(model: nn.Module, inputs: Inputs, device: torch.device) -> Callable[[], None]:
-    """One complete forward pass."""
-
-    def call() -> None:
-        model(*inputs.args, **inputs.kwargs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return call
-
-
 def _device(models: Mapping[str, nn.Module]) -> torch.device:
     """The one device of all networks."""
-    devices = {name: _first_device(model) for name, model in models.items()}
+    devices = {name: first_device(model) for name, model in models.items()}
     first = next(iter(devices))
     for name, device in devices.items():
         if device != devices[first]:
@@ -156,7 +112,3 @@ def _device(models: Mapping[str, nn.Module]) -> torch.device:
                 f"move one of them with .to(...)."
             )
     return devices[first]
-
-
-def _first_device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -18,6 +18,11 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def block_width() -> int:
+    """Channels that the processor's vectors hold: convolutions compute whole blocks of them (8 or 16)."""
+    return 16 if "avx512" in torch.backends.cpu.get_cpu_capability().lower() else 8
+
+
 def describe_machine(device: torch.device, threads: int) -> str:
     """Device, threads, system and torch, in one line."""
     cpu = f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"

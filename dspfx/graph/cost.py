@@ -24,7 +24,7 @@ class LayerCost:
         macs_per_pair: multiply-adds of one (filter, input channel) pair.
         params_per_pair: weights of one pair.
         input_elements: elements of the input activation of the first call.
-        positions: output positions (height x width) of the first call.
+        input_shapes: of each call's input, with the batch of the example inputs.
     """
 
     out_channels: int
@@ -32,7 +32,7 @@ class LayerCost:
     macs_per_pair: int
     params_per_pair: int
     input_elements: int
-    positions: int
+    input_shapes: tuple[tuple[int, ...], ...]
 
     @property
     def macs(self) -> int:
@@ -64,7 +64,7 @@ def layer_costs(model: nn.Module) -> dict[str, LayerCost]:
                 macs_per_pair=(first.macs_per_pair if first else 0) + round(math.prod(weight[2:]) * positions * work),
                 params_per_pair=math.prod(weight[2:]),
                 input_elements=first.input_elements if first else max(source.numel() // batch, 1),
-                positions=first.positions if first else positions,
+                input_shapes=(*(first.input_shapes if first else ()), tuple(source.shape)),
             )
     return costs
 

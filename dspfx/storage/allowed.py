@@ -20,6 +20,7 @@ from torchvision.models.convnext import LayerNorm2d
 from dspfx.graph import moves, ops
 from dspfx.graph.traced import TrainingFlag
 from dspfx.graph.tracer import expect
+from dspfx.grouped import PaddedGroupConv2d
 from dspfx.modules import GroupConv2d
 from dspfx.norms import SparseNorm
 
@@ -92,6 +93,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     "torchvision.LayerNorm2d": LayerNorm2d,
     "torchvision.FrozenBatchNorm2d": torchvision.ops.FrozenBatchNorm2d,
     "dspfx.GroupConv2d": GroupConv2d,
+    "dspfx.PaddedGroupConv2d": PaddedGroupConv2d,
     "dspfx.SparseNorm": SparseNorm,
     "dspfx.TrainingFlag": TrainingFlag,
 }

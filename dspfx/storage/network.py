@@ -20,6 +20,7 @@ from dspfx.errors import StorageError
 from dspfx.graph.layers import is_plain
 from dspfx.graph.traced import TracedModule
 from dspfx.graph.tracer import attribute
+from dspfx.grouped import EMPTY, PaddedGroupConv2d
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group
 from dspfx.storage.allowed import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, LAYER_NAMES, LAYERS, METHODS
@@ -31,6 +32,7 @@ _RESERVED = frozenset(
 )
 _WIDEST = 2**20  # channels; no layer has more
 _OPTIONS = ("stride", "padding", "dilation", "bias", "padding_mode")  # of a GroupConv2d's branches
+_SPLIT = (GroupConv2d, PaddedGroupConv2d)
 _INSTEAD = "Store this network with torch.export, or save the prepared one (dspfx.save before dspfx.lower) instead."
 
 
@@ -169,11 +171,11 @@ def _encode_layer(name: str, module: nn.Module) -> tuple[str, dict[str, Any]]:
 
 def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
     """Constructor arguments that make this layer again, those left at their defaults omitted."""
-    if isinstance(module, GroupConv2d):
+    if isinstance(module, _SPLIT):
         groups = tuple((list(g.filters), list(g.channels)) for g in module.groups)
-        branch = _arguments(module.branches[0], nn.Conv2d)
+        branch = _arguments(module.branches[0] if isinstance(module, GroupConv2d) else module.conv, nn.Conv2d)
         own: dict[str, Any] = {"in_channels": module.in_channels, "out_channels": module.out_channels, "groups": groups}
-        if module.rest_bias is not None:
+        if isinstance(module, GroupConv2d) and module.rest_bias is not None:
             own["rest_bias"] = True
         return own | {key: branch[key] for key in ("kernel_size", *_OPTIONS) if key in branch}
     found: dict[str, Any] = {}
@@ -195,25 +197,28 @@ def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 def _decode_layer(kind: Any, options: Any) -> nn.Module:
     layer = look_up(LAYERS, kind, "a storable layer")
     values = {k: decode_value(v, {}) for k, v in expect(options, dict, f"the arguments of a {kind}").items()}
-    allowed = {"in_channels", "out_channels", "kernel_size", "groups", "rest_bias", *_OPTIONS}
-    if layer is not GroupConv2d:
+    allowed = {"in_channels", "out_channels", "kernel_size", "groups", *_OPTIONS}
+    if layer is GroupConv2d:
+        allowed.add("rest_bias")
+    if layer not in _SPLIT:
         allowed = set(inspect.signature(layer).parameters) - {"device", "dtype"}
     for key in values:
         look_up(dict.fromkeys(allowed), key, f"an argument of {kind}")
-    if layer is GroupConv2d:
-        values["groups"] = _decode_groups(values)
+    if layer in _SPLIT:
+        values["groups"] = _decode_groups(values, layer is PaddedGroupConv2d)
     with torch.device("meta"):
         return layer(**values)
 
 
-def _decode_groups(values: dict[str, Any]) -> tuple[Group, ...]:
+def _decode_groups(values: dict[str, Any], padded: bool) -> tuple[Group, ...]:
     """Checked before a constructor counts up to any of these numbers."""
     groups = tuple(Group(tuple(f), tuple(c)) for f, c in expect(values["groups"], tuple, "the groups"))
     width = min(values["in_channels"], _WIDEST)
     if not all(g.channels and all(type(c) is int and 0 <= c < width for c in g.channels) for g in groups):
         raise StorageError(f"a group convolution reads channels outside its {width}")
     filters, most = [o for g in groups for o in g.filters], values["out_channels"]
-    if not all(type(o) is int and 0 <= o < most for o in filters) or not len(filters) <= most <= _WIDEST:
+    least, room = (EMPTY, _WIDEST) if padded else (0, most)
+    if not all(type(o) is int and least <= o < most for o in filters) or not (len(filters) <= room and most <= _WIDEST):
         raise StorageError(f"a group convolution's {values['out_channels']} filters are not those of its groups")
     return groups
 

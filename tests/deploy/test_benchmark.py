@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.deploy import benchmark as module
-from dspfx.deploy.benchmark import Result, benchmark, compare
+from dspfx.deploy import timing as module
+from dspfx.deploy.benchmark import benchmark
+from dspfx.deploy.timing import Result, compare
 from dspfx.errors import ConfigError, InputError, RuntimeBuildError
 from tests.compare import fingerprint, unchanged
 from tests.zoo import ZOO

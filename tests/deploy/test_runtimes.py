@@ -25,9 +25,8 @@ from dspfx.errors import ConfigError, DspfxError, InputError, MismatchError, Run
 from dspfx.graph.tracer import expect
 from dspfx.modules import GroupConv2d
 from dspfx.norms import SparseNorm
-from dspfx.passes import plan_lower
-from dspfx.pipeline import lower, prepare
-from tests.compare import fingerprint, pruned, unchanged
+from dspfx.pipeline import prepare
+from tests.compare import fingerprint, forced, pruned, unchanged
 from tests.zoo import OTHERS, ZOO
 
 ENTRIES = ZOO | OTHERS
@@ -52,11 +51,7 @@ needs_compiler = pytest.mark.skipif(
 @cache
 def small(name: str) -> nn.Module:
     """A pruned network of the zoo, lowered with every split that can be made, in float32."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_lower, "BRANCH_WIDTH", 1)
-        patch.setattr(plan_lower, "BRANCH_POSITIONS", 10**9)
-        patch.setattr(plan_lower, "BRANCH_SHARE", 1.01)
-        network: nn.Module = lower(pruned(ENTRIES[name])).float()
+    network: nn.Module = forced(pruned(ENTRIES[name])).float()
     return network
 
 
@@ -105,10 +100,7 @@ def test_branches_on_ranges_export_as_slices(tmp_path: Path) -> None:
         middle.weight[::2, [1, 3, 5]] = 0
         middle.weight[1::2, [0, 2, 4]] = 0
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_lower, "BRANCH_WIDTH", 1)
-        patch.setattr(plan_lower, "BRANCH_SHARE", 1.01)
-        lowered = lower(network, IMAGES)
+    lowered = forced(prepare(network, IMAGES))
     assert isinstance(lowered.get_submodule("2"), GroupConv2d)
     check_equal(build("onnxruntime", lowered, IMAGES), network, IMAGES)
     file = tmp_path / "network.onnx"

@@ -160,7 +160,7 @@ def test_dead_channels_go_as_far_as_they_reach(name: str) -> None:
     torch.manual_seed(1)
     model = Between(case.middle(), case.width, case.dead, case.unread, case.rank).double().eval()
     size = (6,) * (case.rank - 2)
-    small = lower(model, torch.zeros(2, 3, *size, dtype=torch.float64), fold=False)
+    small = lower(model, torch.zeros(2, 3, *size, dtype=torch.float64), fold=False, tune=None)
     width = small.get_submodule("a").weight.shape[0], small.get_submodule("b").weight.shape[1]
     assert width == case.left
     for batch in (1, 5):
@@ -177,7 +177,7 @@ def test_every_dense_layer_loses_both_sides(kind: Any) -> None:
         first.weight.select(filters, 2).zero_()
         first.bias[2] = 0
     shape = (2, 4, *[5] * (first.weight.dim() - 2))
-    small = lower(model, torch.zeros(shape, dtype=torch.float64))
+    small = lower(model, torch.zeros(shape, dtype=torch.float64), tune=None)
     assert [small.get_parameter(f"{i}.weight").shape[filters] for i in (0, 2)] == [5, 3]
     inputs = (torch.randn(shape, dtype=torch.float64),)
     assert error(run(model, inputs), run(small, inputs)) < 1e-14
@@ -238,7 +238,7 @@ def test_an_unknown_operation_says_where_it_is_and_what_would_free_it(rules: dic
         "If every element or channel is treated alone: from tests.graph.test_reach import softsign_of; "
         'dspfx.register_rule(softsign_of, "elementwise")  # or "channelwise", "movement"'
     )
-    assert lower(model, image).get_parameter("a.weight").shape[0] == 8
+    assert lower(model, image, tune=None).get_parameter("a.weight").shape[0] == 8
     register_rule(softsign_of, "elementwise")
     assert not any("no rule" in pin.reason for pin in analyse(trace(model, image)).pins.values())
 
@@ -288,7 +288,7 @@ class Reordered(nn.Module):
 def test_a_stored_order_is_followed_and_rewritten(is_indexed: bool) -> None:
     model = Between(Reordered(is_indexed), 6, (0, 3, 4), (1, 2)).double().eval()
     image = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    once = lower(model, image)
+    once = lower(model, image, tune=None)
     assert once.get_parameter("a.weight").shape[0] == 3  # 2, 5 and 7 are read
     with torch.no_grad():
         once.get_parameter("b.weight")[:, 1:3] = 0  # both copies of channel 2

@@ -17,20 +17,15 @@ from dspfx.graph.trace import trace
 from dspfx.graph.traced import eval_only
 from dspfx.modules import GroupConv2d
 from dspfx.norms import SparseNorm
-from dspfx.passes import plan_lower as rules
+from dspfx.passes.choose_form import BY_RULE, LowerOptions
 from dspfx.passes.lay_out import lay_out
 from dspfx.passes.plan_lower import plan_lower
 from dspfx.passes.shrink_channels import shrink_channels
-from dspfx.pipeline import lower
+from dspfx.pipeline import prepare
 from dspfx.plans import Group, LowerPlan
-from tests.compare import error, run
+from tests.compare import error, forced, run
 
-
-@pytest.fixture(autouse=True)
-def _every_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "BRANCH_WIDTH", 1)
-    monkeypatch.setattr(rules, "BRANCH_POSITIONS", 10**9)
-    monkeypatch.setattr(rules, "BRANCH_SHARE", 1.01)
+SPLIT = LowerOptions(1, lambda case: 1.0 if case.form == "branches" else 2.0)
 
 
 def split(inputs: int, outputs: int, *reads: list[int], stride: int = 1) -> nn.Conv2d:
@@ -233,6 +228,10 @@ def check_equal(model: nn.Module, small: nn.Module) -> None:
         assert error(run(model, inputs), run(small, inputs)) < 1e-13
 
 
+def lowered(model: nn.Module) -> Any:
+    return forced(prepare(model, torch.zeros(2, 3, 6, 6, dtype=torch.float64)))
+
+
 def branches_of(small: nn.Module, name: str = "b") -> GroupConv2d:
     found = small.get_submodule(name)
     assert isinstance(found, GroupConv2d)
@@ -242,20 +241,20 @@ def branches_of(small: nn.Module, name: str = "b") -> GroupConv2d:
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
 def test_branches_read_ranges_where_channels_may_move(kind: type[Read]) -> None:
     model = kind().double().eval()
-    small = lower(model, torch.zeros(2, 3, 6, 6, dtype=torch.float64))
+    small = lowered(model)
     found = branches_of(small)
     assert [span is not None for span in found.slices] == CASES[kind]
     assert found.is_ordered
     check_equal(model, small)
-    check_equal(model, lower(small))
+    check_equal(model, forced(small))
     assert not any(n.target is torch.index_select for n in small.graph.nodes)
     assert LowerPlan.from_json(small.meta["lower_plan"].to_json()) == small.meta["lower_plan"]
 
 
-def planned(model: nn.Module) -> tuple[Any, Any, LowerPlan]:
+def planned(model: nn.Module, options: LowerOptions = SPLIT) -> tuple[Any, Any, LowerPlan]:
     gm = eval_only(trace(model.double(), (torch.zeros(2, 3, 6, 6, dtype=torch.float64),)))
     channels = analyse(gm)
-    return gm, channels, plan_lower(gm, channels)
+    return gm, channels, plan_lower(gm, channels, options)
 
 
 def test_two_groups_stand_as_only_one_both_only_other() -> None:
@@ -269,13 +268,12 @@ def test_two_groups_stand_as_only_one_both_only_other() -> None:
         same = {key: getattr(before, key) for key in ("filters", "channels", "groups")}
         assert replace(after, **same) == before
         assert sorted(after.filters) == list(before.filters)
-    assert plan == plan_lower(gm, channels)
+    assert plan == plan_lower(gm, channels, SPLIT)
     assert laid == lay_out(gm, channels, plan)
 
 
-def test_a_plan_without_branches_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "BRANCH_WIDTH", 100)
-    gm, channels, plan = planned(Read())
+def test_a_plan_without_branches_is_left() -> None:
+    gm, channels, plan = planned(Read(), BY_RULE)
     assert lay_out(gm, channels, plan) is plan
 
 
@@ -297,7 +295,7 @@ def test_outputs_keep_their_place() -> None:
 )
 def test_more_groups_get_as_many_ranges_as_there_can_be(reads: tuple[list[int], ...], ranges: int) -> None:
     model = Read(8, reads).double().eval()
-    small = lower(model, torch.zeros(2, 3, 6, 6, dtype=torch.float64))
+    small = lowered(model)
     found = branches_of(small)
     assert sum(span is not None for span in found.slices) == ranges
     assert found.is_ordered
@@ -333,7 +331,7 @@ def test_filters_that_read_nothing_stand_last(bias: float) -> None:
             return self.e(x)
 
     model = Free().double().eval()
-    small = lower(model, torch.zeros(2, 3, 6, 6, dtype=torch.float64))
+    small = lowered(model)
     found = branches_of(small)
     assert (found.rest, found.rest_bias is None) == ((6, 7), bias == 0)
     assert found.is_ordered
@@ -343,14 +341,14 @@ def test_filters_that_read_nothing_stand_last(bias: float) -> None:
     assert layer.macs_run == layer.macs_left == (2 * 5 + 4 * 4) * 9 * 6 * 6
     check_equal(model, small)
     held = Stream(bias).double().eval()  # added to what comes from the input: nothing may move
-    small = lower(held, torch.zeros(2, 3, 6, 6, dtype=torch.float64))
+    small = lowered(held)
     assert branches_of(small).rest == (0, 5)
     assert not branches_of(small).is_ordered
     check_equal(held, small)
 
 
 def test_a_norm_that_lost_a_channel_counts_by_number() -> None:
-    small = lower(Thinned().double().eval(), torch.zeros(2, 3, 6, 6, dtype=torch.float64))
+    small = lowered(Thinned().double().eval())
     norm = small.get_submodule("norm")
     assert isinstance(norm, SparseNorm)
     assert small.meta["lower_plan"].layers[0].filters == (0, 2, 5, 1, 3, 4, 6)
@@ -358,15 +356,14 @@ def test_a_norm_that_lost_a_channel_counts_by_number() -> None:
 
 
 def refused(model: nn.Module, orders: dict[str, tuple[int, ...]], what: str) -> None:
-    gm, channels, plan = planned(model)
+    gm, channels, plan = planned(model, BY_RULE)
     layers = tuple(replace(one, filters=orders.get(one.name, one.filters)) for one in plan.layers)
     message = f"the lower plan does not fit this network: {what}. Plan it anew."
     with pytest.raises(MismatchError, match=f"^{re.escape(message)}$"):
         shrink_channels(gm, channels, LowerPlan(layers))
 
 
-def test_orders_that_would_not_mean_the_same_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "BRANCH_WIDTH", 100)
+def test_orders_that_would_not_mean_the_same_are_refused() -> None:
     what = "the channels here would not stand in the order in which they are read"
     swapped = (4, 1, 2, 3, 0, 5, 6, 7)
     refused(Chunked(), {"a": swapped}, f"at b, {what}")  # both halves are flipped, but not alike

@@ -85,7 +85,7 @@ class Frozen(nn.Module):
 @pytest.mark.parametrize("fold", [True, False])
 def test_frozen_norms_lose_channels_and_stay_frozen(fold: bool) -> None:
     model = Frozen().double()
-    small = lower(model, torch.zeros(2, 3, 5, 5, dtype=torch.float64), fold=fold)
+    small = lower(model, torch.zeros(2, 3, 5, 5, dtype=torch.float64), fold=fold, tune=None)
     assert small.get_parameter("body.weight").shape[0] == 4
     inputs = (torch.randn(4, 3, 5, 5, dtype=torch.float64),)
     for training in (False, True):
@@ -97,7 +97,7 @@ def test_shared_weights_stay_shared() -> None:
     with torch.no_grad():
         model.one.weight[:2], model.one.weight[:, :2] = 0, 0  # one weight, so one class for all that it carries
         model.one.bias[:2], model.two.bias[:2] = 0, 0  # type: ignore[index]
-    small = lower(model, torch.zeros(2, 3, 5, 5, dtype=torch.float64))
+    small = lower(model, torch.zeros(2, 3, 5, 5, dtype=torch.float64), tune=None)
     inputs = (torch.randn(3, 3, 7, 7, dtype=torch.float64),)
     assert error(run(model, inputs), run(small, inputs)) < 1e-13
     one, two, back = (small.get_parameter(f"{n}.weight") for n in ("one", "two", "conv_transpose2d_transposed_layer"))

@@ -10,12 +10,11 @@ from dspfx.graph.analyse import analyse
 from dspfx.graph.trace import trace
 from dspfx.graph.traced import TracedModule, eval_only
 from dspfx.modules import GroupConv2d
-from dspfx.passes import plan_lower as planner
 from dspfx.passes.lower_convs import lower_convs
 from dspfx.passes.plan_lower import plan_lower
-from dspfx.pipeline import lower
-from dspfx.plans import Group, LowerPlan
-from tests.compare import error, run
+from dspfx.pipeline import lower, prepare
+from dspfx.plans import LoweredLayer, LowerPlan
+from tests.compare import error, forced, run
 
 
 def grouped(width: int, size: int, *, first: slice, second: slice) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
@@ -30,7 +29,7 @@ def grouped(width: int, size: int, *, first: slice, second: slice) -> tuple[nn.M
     return model.double().eval(), (torch.randn(2, 3, size, size, dtype=torch.float64),)
 
 
-def layer_of(gm: TracedModule, name: str) -> planner.LoweredLayer:
+def layer_of(gm: TracedModule, name: str) -> LoweredLayer:
     plan: LowerPlan = gm.meta["lower_plan"]
     return next(layer for layer in plan.layers if layer.name == name)
 
@@ -48,7 +47,7 @@ def layer_of(gm: TracedModule, name: str) -> planner.LoweredLayer:
 )
 def test_the_static_rule(width: int, size: int, second: slice, form: str) -> None:
     model, inputs = grouped(width, size, first=slice(0, 128), second=second)
-    small = lower(model, inputs)
+    small = lower(model, inputs, tune=None)
     layer = layer_of(small, "2")
     assert layer.form == form
     assert isinstance(small.get_submodule("2"), GroupConv2d) == (form == "branches")
@@ -61,32 +60,29 @@ def test_the_static_rule(width: int, size: int, second: slice, form: str) -> Non
 
 def test_more_than_three_quarters_stay_dense() -> None:
     model, inputs = grouped(256, 4, first=slice(0, 132), second=slice(0, 256))
-    assert layer_of(lower(model, inputs), "2").form == "dense"
+    assert layer_of(lower(model, inputs, tune=None), "2").form == "dense"
 
 
-def test_consecutive_channels_are_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "BRANCH_WIDTH", 1)
+def test_consecutive_channels_are_slices() -> None:
     model, inputs = grouped(16, 4, first=slice(0, 10), second=slice(6, 16))
-    branches = lower(model, inputs).get_submodule("2")
+    branches = forced(prepare(model, inputs)).get_submodule("2")
     assert isinstance(branches, GroupConv2d)
     assert branches.slices == [(0, 10), (6, 16)]
     model, inputs = grouped(16, 4, first=slice(0, 16, 2), second=slice(5, 12))
-    branches = lower(model, inputs).get_submodule("2")
+    branches = forced(prepare(model, inputs)).get_submodule("2")
     assert isinstance(branches, GroupConv2d)
-    # Channels 1, 3, 13 and 15 are gone: what is left is 0 2 4 5 6 7 8 9 10 11 12 14.
-    assert branches.slices == [None, (3, 10)]
-    assert branches.groups[0] == Group(tuple(range(0, 16, 2)), (0, 1, 2, 4, 6, 8, 10, 11))
+    # Channels 1, 3, 13 and 15 are gone; of the twelve that are left, both read 6 8 10 12, which stand between.
+    assert branches.slices == [(0, 8), (5, 12)]
+    assert branches.is_ordered
 
 
 @pytest.mark.parametrize("bias", [0.0, 1.0])  # which passes the ReLU
-def test_filters_that_read_nothing_are_in_no_group(bias: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "BRANCH_WIDTH", 1)
-    monkeypatch.setattr(planner, "BRANCH_SHARE", 1.0)
+def test_filters_that_read_nothing_are_in_no_group(bias: float) -> None:
     model, inputs = grouped(8, 4, first=slice(0, 3), second=slice(0, 4))
     with torch.no_grad():
         model.get_parameter("2.weight")[1] = 0
         model.get_parameter("2.bias")[1] = bias
-    small = lower(model, inputs)
+    small = forced(prepare(model, inputs))
     layer = layer_of(small, "2")
     removed = int(bias == 0)
     assert [len(g.filters) for g in layer.groups] == [4, 3]
@@ -95,12 +91,11 @@ def test_filters_that_read_nothing_are_in_no_group(bias: float, monkeypatch: pyt
     assert error(run(model, inputs), run(small, inputs)) < 1e-13
 
 
-def test_a_shared_convolution_is_replaced_under_all_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "BRANCH_WIDTH", 1)
+def test_a_shared_convolution_is_replaced_under_all_its_names() -> None:
     model, inputs = grouped(8, 4, first=slice(0, 4), second=slice(4, 8))
     assert isinstance(model, nn.Sequential)
     twice = nn.Sequential(*model[:4], model[2], *model[3:])
-    small = lower(twice, inputs)
+    small = forced(prepare(twice, inputs))
     split = [m for _, m in small.named_modules(remove_duplicate=False) if isinstance(m, GroupConv2d)]
     assert split
     assert len(set(split)) == 1
@@ -115,7 +110,7 @@ def test_width_multiples_are_kept_where_they_can_be() -> None:
                 model.get_parameter(f"{name}.{key}")[:dead] = 0
     widths = {}
     for multiple in (1, 4, 8):
-        small = lower(model, torch.zeros(1, 3, 4, 4), width_multiple=multiple)
+        small = forced(prepare(model, torch.zeros(1, 3, 4, 4)), "dense", multiple)
         widths[multiple] = tuple(small.get_parameter(f"{name}.weight").shape[0] for name in "024")
     assert widths == {1: (5, 1, 5), 4: (8, 4, 5), 8: (8, 8, 5)}
 
@@ -124,7 +119,7 @@ def test_a_layer_keeps_one_channel_though_all_are_dead() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     nn.init.zeros_(model.get_parameter("0.weight"))
     nn.init.zeros_(model.get_parameter("0.bias"))
-    small = lower(model, torch.zeros(1, 3, 4, 4))
+    small = lower(model, torch.zeros(1, 3, 4, 4), tune=None)
     assert small.get_parameter("0.weight").shape == (1, 3, 1, 1)
     inputs = (torch.randn(2, 3, 4, 4),)
     assert error(run(model, inputs), run(small, inputs)) < 1e-6

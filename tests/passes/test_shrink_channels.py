@@ -139,7 +139,7 @@ def literals(gm: TracedModule) -> list[Any]:
 def test_literal_sizes_follow_or_hold(kind: type[Moving]) -> None:
     model = kind().double().eval()
     inputs = (torch.randn(2, 3, 6, 6, dtype=torch.float64),)
-    small = lower(model, inputs)
+    small = lower(model, inputs, tune=None)
     width, expected = CASES[kind]
     assert small.get_parameter("a.weight").shape[0] == width
     if expected:
@@ -188,7 +188,7 @@ def test_every_kind_of_layer_is_sliced() -> None:
 def test_frozen_parameters_stay_frozen_and_the_model_its_own() -> None:
     model = nn.Sequential(conv(3, 8, [0]), nn.Conv2d(8, 2, 1))
     model[0].weight.requires_grad_(False)
-    small = lower(model, torch.zeros(1, 3, 6, 6))
+    small = lower(model, torch.zeros(1, 3, 6, 6), tune=None)
     assert {name: p.requires_grad for name, p in small.named_parameters()} == {
         "0.weight": False,
         **dict.fromkeys(("0.bias", "1.weight", "1.bias"), True),

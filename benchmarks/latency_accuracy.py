@@ -1,0 +1,279 @@
+"""Accuracy at equal measured latency: ResNet20 on the JPEG copy of CIFAR-10, dspfx beside Torch-Pruning.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.latency_accuracy --data DIR --checkpoint resnet20_cifar10.safetensors \
+        --out runs/latency_accuracy --write docs/results/latency_accuracy.md
+
+DIR is an ImageFolder with train/ and test/. Both arms start from one dense network, see the same images in the same
+order with the same learning rates, and are pruned to the same latency in ONNX Runtime at batch 1 on one thread. The
+validation split, held out of train, picks epochs; test images are read once, at the end. Stopped, the same command
+goes on from the last finished epoch. `--arms` runs some of the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dspfx
+from benchmarks import group_norm_peer as peer
+from benchmarks.latency_accuracy_page import page
+from dspfx.cli import models
+from dspfx.cli.checkpoints import claim_folder, load_state, read_json, save_state, write_text
+from dspfx.cli.data import Data, DataConfig, load_data
+from dspfx.cli.models import BasicBlock
+from dspfx.cli.options import IMAGENET_MEAN, IMAGENET_STD
+from dspfx.cli.training import Progress, Recipe, Stage, Trainer, evaluate, recalibrate, say
+
+ARMS = ("dense", "peer", "ours", "control")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the numbers depend on; a folder is resumed with the same ones only."""
+
+    dense: int = 4
+    learn: int = 5
+    tune: int = 10
+    lr: float = 0.05
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+    target: float = 0.5
+    seed: int = 0
+
+
+class ProjectionBlock(nn.Module):
+    """A basic block whose shortcut is a 1x1 convolution that at first computes what the parameter-free one did.
+
+    Torch-Pruning takes the zero padding of the parameter-free shortcut for an elementwise operation, and removes other
+    channels behind it than before it; its authors' own CIFAR networks have convolutions there.
+    """
+
+    def __init__(self, block: BasicBlock) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = block.conv1, block.bn1, block.conv2, block.bn2
+        inside, outside = block.conv1.in_channels, block.conv1.out_channels
+        self.shortcut = nn.Conv2d(inside, outside, 1, stride=block.stride, bias=False)
+        first = (outside - inside) // 2
+        with torch.no_grad():
+            self.shortcut.weight.zero_()
+            self.shortcut.weight[first : first + inside, :, 0, 0] = torch.eye(inside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+
+
+class HalfTrainer(Trainer):
+    """Trains with convolutions in bfloat16 on a CPU too, for every arm alike; validates in float32."""
+
+    def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            logits = model(images)
+        return self._cross_entropy(logits, labels), logits
+
+
+def build(checkpoint: Path | None) -> nn.Module:
+    """ResNet20 with the checkpoint's weights and 1x1 convolutions for shortcuts."""
+    model = models.build("resnet20", 10)
+    if checkpoint is not None:
+        models.load_checkpoint(model, checkpoint)
+    for layer in (model.layer2, model.layer3):
+        assert isinstance(layer, nn.Sequential)
+        assert isinstance(layer[0], BasicBlock)
+        layer[0] = ProjectionBlock(layer[0])
+    return model.to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the arms share."""
+
+    settings: Settings
+    out: Path
+    data: Data
+    trainer: HalfTrainer
+
+    @property
+    def example(self) -> Tensor:
+        """Eight validation images, plainly strided."""
+        return next(self.data.val.in_order(8))[0].contiguous()
+
+    def learn_stage(self, name: str) -> Stage:
+        return Stage(name, ((self.settings.learn, self.settings.lr),), keep="last")
+
+    def tune_stage(self, name: str) -> Stage:
+        return Stage(name, ((self.settings.tune, self.settings.lr),), first_epoch=self.settings.learn)
+
+    def validate(self, model: nn.Module) -> float:
+        return evaluate(model, self.data.val, self.settings.batch_size).accuracy
+
+    def settle(self, model: nn.Module) -> None:
+        """Batch norms follow what pruning changed."""
+        recalibrate(model, self.data.train, self.settings.batch_size)
+
+
+def train_dense(run: Run, checkpoint: Path) -> nn.Module:
+    """The common start: the checkpoint, trained on these images."""
+    model = build(checkpoint)
+    stage = Stage("dense", ((run.settings.dense, run.settings.lr),))
+    run.trainer.fit(model, run.trainer.optimizer(model), stage)
+    return model
+
+
+def peer_strengths(run: Run) -> dict[str, float]:
+    """Torch-Pruning's own strength, and one that shrinks the weights as far in this run's fewer, larger steps."""
+    ours = sum(run.learn_stage("").lr(i / run.trainer.steps) for i in range(run.settings.learn * run.trainer.steps))
+    return {"peer_learn": peer.REGULARISER, "peer_learn_strong": peer.REGULARISER * peer.AUTHORS_LR_STEPS / ours}
+
+
+def train_peer(run: Run, dense: nn.Module) -> nn.Module:
+    """Torch-Pruning: sparsity learning (two strengths), the best network of the latency asked for, fine-tuning."""
+    learned = {}
+    for name, strength in peer_strengths(run).items():
+        model = copy.deepcopy(dense)
+        run.trainer.fit(model, peer.sparsity_optimizer(model, run.example, strength), run.learn_stage(name))
+        learned[name] = model
+    path = run.out / "peer.json"
+    if not path.exists():
+        write_text(path, json.dumps(choose_peer(run, dense, learned), indent=1))
+    choice = read_json(path)
+    model = peer.pruned(learned[choice["learned"]], run.example, peer.Cut(**choice["cut"]))
+    run.settle(model)
+    run.trainer.fit(model, run.trainer.optimizer(model), run.tune_stage("peer_tune"))
+    return model
+
+
+def choose_peer(run: Run, dense: nn.Module, learned: dict[str, nn.Module]) -> dict[str, Any]:
+    """Of the finalists of both strengths the one that is best on validation images after one epoch, which is undone."""
+    options = []
+    for name, model in learned.items():
+        log = run.out / f"{name}_timed.json"
+        for index, found in enumerate(peer.finalists(dense, model, run.example, run.settings.target, log)):
+            small = peer.pruned(model, run.example, found.cut)
+            run.settle(small)
+            trial = Stage(f"trial_{name}_{index}", ((1, run.settings.lr),))
+            run.trainer.fit(small, run.trainer.optimizer(small), trial)
+            options.append({"learned": name, **asdict(found), "validation": run.validate(small)})
+            say(f"{name}: {found}, validation {options[-1]['validation']:.2%} after one epoch")
+    if not options:
+        raise SystemExit(f"No structure of Torch-Pruning reaches {run.settings.target} of the dense latency here.")
+    return {**max(options, key=lambda option: option["validation"]), "options": options}
+
+
+def prune_ours(run: Run, gm: nn.Module, budget: dspfx.Budget) -> str:
+    """Prunes `gm`, or repeats what an earlier start decided; returns the plan's table."""
+    path = run.trainer.folder / "ours_pruned.pt"
+    state = load_state(path)
+    if state is None:
+        runtime: dict[str, Any] = {"runtime": "onnxruntime"} if getattr(budget, "latency", None) else {}
+        plan = dspfx.prune(gm, budget, example_inputs=run.example[:1], **runtime)
+        run.settle(gm)
+        state = {"model": gm.state_dict(), "plan": str(plan)}
+        say(f"ours: validation {run.validate(gm):.2%} before fine-tuning")
+        save_state(path, state)
+    gm.load_state_dict(state["model"])
+    return state["plan"]
+
+
+def train_ours(run: Run, dense: nn.Module, budget: dspfx.Budget) -> nn.Module:
+    """dspfx: group learning, pruning to the latency, fine-tuning; lowered for ONNX Runtime."""
+    torch.manual_seed(run.settings.seed)
+    gm = dspfx.prepare(dense, run.example).to(memory_format=torch.channels_last)
+    optimizer, steps = run.trainer.optimizer(gm), run.settings.learn * run.trainer.steps
+    with dspfx.GroupLearner(gm, optimizer, steps, seed=run.settings.seed) as learner:
+        run.trainer.fit(gm, optimizer, run.learn_stage("ours_learn"), learner)
+    say(prune_ours(run, gm, budget))
+    run.trainer.fit(gm, run.trainer.optimizer(gm), run.tune_stage("ours_tune"))
+    small = dspfx.lower(gm, run.example[:1], runtime="onnxruntime")
+    say(str(small.meta["lower_plan"]))
+    return small
+
+
+def train_control(run: Run, dense: nn.Module) -> nn.Module:
+    """The dense network, trained on for as many epochs, images and learning rates as the arms."""
+    model = copy.deepcopy(dense)
+    cycles = ((run.settings.learn, run.settings.lr), (run.settings.tune, run.settings.lr))
+    run.trainer.fit(model, run.trainer.optimizer(model), Stage("control", cycles))
+    return model
+
+
+def measure(run: Run, networks: dict[str, nn.Module]) -> dict[str, Any]:
+    """Latency of all networks side by side, then their accuracy on the test images, read here only."""
+    for network in networks.values():
+        network.eval().to(memory_format=torch.contiguous_format)
+    timed = {name: network for name, network in networks.items() if name != "control"}
+    timings = {batch: peer.quietest(timed, run.example[:batch], rounds=60, limit=0.06, patience=8) for batch in (1, 8)}
+    test = run.data.test()
+    rows = {}
+    for name, network in networks.items():
+        profile = dspfx.profile(network, run.example[:1])
+        rows[name] = {
+            "test": evaluate(network, test, run.settings.batch_size).accuracy,
+            "validation": run.validate(network),
+            "macs": profile.flops,
+            "params": profile.params,
+            "latency": {b: asdict(t[name if name in t else "dense"]) for b, t in timings.items()},
+        }
+    return {"networks": rows, "setting": timings[1].setting, "images": len(test), "train": len(run.data.train)}
+
+
+def curves(run: Run) -> dict[str, list[dict[str, float]]]:
+    """The learning curve of every stage that was trained."""
+    files = sorted(run.trainer.folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)
+    states = {file.stem: load_state(file) or {} for file in files}
+    return {name: Progress(**state["progress"]).curve for name, state in states.items() if "progress" in state}
+
+
+def open_run(options: argparse.Namespace, settings: Settings) -> Run:
+    """The run in --out, new or resumed."""
+    flat = asdict(settings) | {name: str(getattr(options, name)) for name in ("data", "checkpoint", "flops")}
+    folder = claim_folder(options.out, flat)
+    config = DataConfig(str(options.data), 32, IMAGENET_MEAN, IMAGENET_STD, True, None, 0.1, settings.seed)
+    data = load_data(config, 32, torch.device("cpu"), workers=0)
+    recipe = Recipe(settings.batch_size, settings.weight_decay, 0.0, settings.seed)
+    return Run(settings, options.out, data, HalfTrainer(recipe, data.train, data.val, folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all, and the measurement")
+    parser.add_argument("--flops", type=float, help="prune our arm to this share of FLOPs, not to the latency")
+    parser.add_argument("--write", type=Path, help="write the result page to this file")
+    for name, default in asdict(Settings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run = open_run(options, Settings(**{name: getattr(options, name) for name in asdict(Settings())}))
+    networks = {"dense": train_dense(run, options.checkpoint)}
+    if "peer" in options.arms:
+        networks["peer"] = train_peer(run, networks["dense"])
+    if "ours" in options.arms:
+        share = {"flops": options.flops} if options.flops else {"latency": run.settings.target}
+        networks["ours"] = train_ours(run, networks["dense"], dspfx.Budget(**share))
+    if "control" in options.arms:
+        networks["control"] = train_control(run, networks["dense"])
+    if set(networks) != set(ARMS):
+        return
+    results = run.out / "results.json"
+    if not results.exists():
+        content = measure(run, networks) | {"settings": asdict(run.settings), "flops": options.flops}
+        content |= {"curves": curves(run), "peer": read_json(run.out / "peer.json")}
+        write_text(results, json.dumps(content, indent=1))
+    text = page(read_json(results))
+    say(text)
+    if options.write:
+        write_text(options.write, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Is a lowered network ever slower than the dense one, or than plain removal of dead channels? Measured anew.
+
+    python -m benchmarks.never_slower --write docs/results/never_slower.md
+
+Every network is lowered for a runtime and a batch by `dspfx.lower(..., tune="auto")`, which measures and chooses; then
+dense, plain and lowered are built again and timed beside each other, independently of what the choice was made from.
+Started again, it goes on from what docs/results/never_slower.jsonl holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from tabulate import tabulate
+from torch import nn
+
+import dspfx
+from dspfx.errors import DspfxError
+from dspfx.estimate import random_energy
+from tests.compare import forced, pruned
+from tests.data import DSP_RESNET20
+from tests.nets.published import load_published
+from tests.zoo import ZOO
+
+ALLOWED = 1.03
+BATCHES = (1, 8, 64)
+RUNTIMES = ("onnxruntime", "openvino", "eager")
+BIG = {
+    "resnet18": 0.35,
+    "resnet50": 0.33,
+    "mobilenet_v2": 0.5,
+    "vgg11_bn": 0.3,
+    "densenet121": 0.5,
+    "shufflenet_v2_x1_0": 0.5,
+}
+
+
+def published() -> tuple[nn.Module, nn.Module, Callable[[int], Any]]:
+    model = load_published(DSP_RESNET20)
+    return model, model, lambda batch: torch.randn(batch, 3, 32, 32)
+
+
+def random_structure(name: str, groups: int, share: float) -> tuple[nn.Module, nn.Module, Callable[[int], Any]]:
+    """A torchvision network with random groups of random channels."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    gm = dspfx.prepare(model, torch.zeros(1, 3, 224, 224), dspfx.GateConfig(groups=groups))
+    dspfx.prune(gm, dspfx.Budget(flops=share), random_energy(groups))
+    return model, gm, lambda batch: torch.randn(batch, 3, 224, 224)
+
+
+def from_zoo(name: str) -> tuple[nn.Module, nn.Module, Callable[[int], Any]]:
+    """A small network of the tests, pruned at random."""
+    entry = ZOO[name]
+    gm = pruned(entry).float().eval()
+    return gm, gm, lambda batch: entry.inputs(batch)
+
+
+def networks() -> dict[str, Callable[[], tuple[nn.Module, nn.Module, Callable[[int], Any]]]]:
+    found: dict[str, Callable[[], tuple[nn.Module, nn.Module, Callable[[int], Any]]]] = {}
+    if DSP_RESNET20.exists():
+        found["published ResNet20, 4 groups"] = published
+    for name, share in BIG.items():
+        for groups in (2, 4):
+            found[f"{name}, {groups} groups, {share:.0%} of FLOPs"] = lambda name=name, groups=groups, share=share: (
+                random_structure(name, groups, share)
+            )
+    for name in ZOO:
+        found[f"zoo: {name}"] = lambda name=name: from_zoo(name)
+    return found
+
+
+def measure(parts: tuple[nn.Module, nn.Module, Callable[[int], Any]], runtime: str, batch: int) -> dict[str, Any]:
+    """The times of a lowered network to those of the dense and the plain one, and how it was lowered."""
+    dense, gm, inputs = parts
+    example = inputs(batch)
+    small = dspfx.lower(gm, example, runtime)
+    contest = small.meta["contest"]
+    forms = {"dense": dense, "plain": forced(gm, "dense"), "lowered": small}
+    times = dspfx.benchmark(forms, example, runtime=runtime, rounds=20)
+    plain = times["lowered"].median_ms / times["plain"].median_ms
+    return {
+        "to_dense": round(times["lowered"].ratio, 4),
+        "to_plain": round(plain, 4),
+        "spread": round(times["lowered"].spread, 4),
+        "ms": round(times["dense"].median_ms, 4),
+        "form": contest.winner,
+        "is_noisy": contest.is_noisy,
+        "setting": times.setting.partition(";")[2].strip(),
+    }
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The table in Markdown, and the worst of it."""
+    timed = [row for row in rows if "to_dense" in row]
+    worst = [row for row in timed if max(row["to_dense"], row["to_plain"]) > ALLOWED]
+    table = [
+        (row["network"], row["runtime"], row["batch"], f"{row['ms']:.2f}", f"{row['to_dense']:.2f}",
+         f"{row['to_plain']:.2f}", f"{row['spread']:.2f}", row["form"])
+        for row in timed
+    ]  # fmt: skip
+    headers = ["network", "runtime", "batch", "dense ms", "to dense", "to plain", "spread", "chosen"]
+    beyond = "; ".join(
+        f"{row['network']} on {row['runtime']}, batch {row['batch']}: {row['to_dense']:.2f} / {row['to_plain']:.2f}"
+        for row in worst
+    )
+    rejected = "; ".join(f"{row['network']} on {row['runtime']}" for row in rows if "error" in row)
+    return "\n\n".join(
+        [
+            "# Never slower",
+            "Time of the lowered network (chosen by measuring) to that of the dense network and of plain removal of dead "
+            "channels, in the same runtime, one thread, timed again after the choice. *spread* is the interquartile "
+            "range of the ratio to dense.",
+            f"{len(timed)} cases; {len(timed) - len(worst)} at most {ALLOWED} of the faster of the two"
+            + (f". Above it: {beyond}." if worst else ".")
+            + (f" Rejected by the runtime in every form, dense included: {rejected}." if rejected else ""),
+            tabulate(table, headers, "github", disable_numparse=True),
+            f"Measured on: {'; '.join(sorted({row['setting'] for row in timed}))}.",
+            "Made by\n\n    OMP_NUM_THREADS=1 python -m benchmarks.never_slower --write docs/results/never_slower.md\n",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--runtimes", default=",".join(RUNTIMES))
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--rows", type=Path, default=Path("docs/results/never_slower.jsonl"))
+    parser.add_argument("--write", type=Path, help="write the page to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in options.rows.read_text().splitlines()] if options.rows.exists() else []
+    done = {(row["network"], row["runtime"], row["batch"]) for row in rows}
+    for name, make in networks().items():
+        cases = [(r, int(b)) for r in options.runtimes.split(",") for b in options.batches.split(",")]
+        todo = [case for case in cases if (name, *case) not in done]
+        if options.only not in name or not todo:
+            continue
+        parts = make()
+        for runtime, batch in todo:
+            row = {"network": name, "runtime": runtime, "batch": batch}
+            try:
+                row |= measure(parts, runtime, batch)
+            except DspfxError as error:
+                row |= {"error": str(error).splitlines()[-1]}
+            rows.append(row)
+            print(row, flush=True)
+            with options.rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    if options.write:
+        options.write.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()

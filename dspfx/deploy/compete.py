@@ -1,0 +1,146 @@
+"""Which of several equal networks is the fastest in a runtime: a contest in interleaved rounds.
+
+Networks enter in the order of their risk; a later one has to be faster than the best before it by a margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from dspfx.config import Inputs
+from dspfx.deploy.benchmark import describe_setting, describe_shapes, first_device, forward_pass
+from dspfx.deploy.quiet import torch_threads
+from dspfx.deploy.runtimes import build
+from dspfx.deploy.timing import Result, compare, interleave
+from dspfx.errors import MismatchError, RuntimeBuildError
+from dspfx.graph.inputs import realise
+
+MARGIN = 0.03  # by which an entrant has to be faster than what is safer
+ROUNDS = 12  # at first; up to MAX_ROUNDS where the machine is too busy to tell
+MAX_ROUNDS = 48
+AGAIN = "dense once more"  # the reference against itself: what a difference of nothing looks like now
+NOISE = 0.03  # of that ratio from 1, beyond which nothing is decided
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A network in the contest: how it is made, and the milliseconds expected of it (None: not predicted)."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    expected_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What came of it.
+
+    Attributes:
+        winner: the name of the network that was chosen.
+        results: of every network that ran; ratios are to the dense one.
+        expected_ms: by name, of those that were predicted.
+        is_noisy: the machine was too busy to tell, and the safest network was kept.
+        notes: what was left out and why, in words.
+        setting: what was measured, and on what.
+    """
+
+    winner: str
+    results: dict[str, Result]
+    expected_ms: dict[str, float] = field(default_factory=dict)
+    is_noisy: bool = False
+    notes: tuple[str, ...] = ()
+    setting: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Of the fastest network's time to the dense one's."""
+        return min(result.ratio for result in self.results.values())
+
+    def __str__(self) -> str:
+        rows = []
+        for name, result in self.results.items():
+            expected = f"{self.expected_ms[name]:.3f}" if name in self.expected_ms else ""
+            chosen = "<- chosen" if name == self.winner else ""
+            rows.append(
+                (name, expected, f"{result.median_ms:.3f}", f"{result.ratio:.3f}", f"{result.spread:.3f}", chosen)
+            )
+        headers = ["network", "convolutions, expected ms", "measured ms", "ratio to dense", "spread", ""]
+        table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4, "left"))
+        return "\n".join([table, *self.notes, self.setting])
+
+
+def compete(runtime: str, entrants: Iterable[Entrant], inputs: Inputs, threads: int = 1) -> tuple[nn.Module, Contest]:
+    """(the network that was chosen, how it came to that); the first entrant is the dense network, and is never slow.
+
+    A network that the runtime rejects, or on which it computes something else, is left out with a note. Where the
+    dense network against itself does not come out equal, even after more rounds, the machine is too noisy to decide,
+    and the first network is kept.
+
+    Raises:
+        RuntimeBuildError, MismatchError: the runtime rejects every one of the networks; of the first.
+    """
+    networks: dict[str, nn.Module] = {}
+    built: dict[str, nn.Module] = {}
+    expected: dict[str, float] = {}
+    failures: list[RuntimeBuildError | MismatchError] = []
+    notes: list[str] = []
+    for entrant in entrants:
+        network = entrant.make()
+        if not networks:
+            args, kwargs = realise(network, inputs)
+            inputs = Inputs(*args, **kwargs)
+        try:
+            built[entrant.name] = build(runtime, network, inputs, threads)
+        except (RuntimeBuildError, MismatchError) as error:
+            failures.append(error)
+            notes.append(f"{entrant.name} is left out: {str(error).splitlines()[-1]}")
+            continue
+        networks[entrant.name] = network
+        if entrant.expected_ms is not None:
+            expected[entrant.name] = entrant.expected_ms
+    if not networks:
+        raise failures[0]
+    samples, is_noisy = _measure(built, inputs, first_device(next(iter(networks.values()))), threads)
+    results = compare({name: seconds for name, seconds in samples.items() if name != AGAIN})
+    winner = next(iter(networks)) if is_noisy else choose(samples)
+    if is_noisy:
+        notes.append(
+            f"this machine is too busy to decide: the dense network against itself came out at "
+            f"{compare(samples)[AGAIN].ratio:.2f}, so {winner} is kept; measure again when nothing else runs."
+        )
+    setting = f"input {describe_shapes(inputs)}, {len(samples[winner])} rounds; " + describe_setting(
+        runtime, first_device(networks[winner]), threads
+    )
+    return networks[winner], Contest(winner, results, expected, is_noisy, tuple(notes), setting)
+
+
+def choose(samples: dict[str, list[float]]) -> str:
+    """The winner by each network's seconds, round by round: whoever beats the best before it by MARGIN."""
+    names = [name for name in samples if name != AGAIN]
+    best = names[0]
+    for name in names[1:]:
+        if compare({best: samples[best], name: samples[name]})[name].ratio < 1 - MARGIN:
+            best = name
+    return best
+
+
+def _measure(
+    built: dict[str, nn.Module], inputs: Inputs, device: torch.device, threads: int
+) -> tuple[dict[str, list[float]], bool]:
+    """(seconds by name, whether they are too noisy to tell)."""
+    calls = {name: forward_pass(network, inputs, device) for name, network in built.items()}
+    calls[AGAIN] = next(iter(calls.values()))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    rounds = ROUNDS
+    with torch_threads(threads), torch.inference_mode():
+        while True:
+            for name, seconds in interleave(calls, rounds).items():
+                samples[name] += seconds
+            is_noisy = abs(compare(samples)[AGAIN].ratio - 1) > NOISE
+            if not is_noisy or len(samples[AGAIN]) + rounds > MAX_ROUNDS:
+                return samples, is_noisy
