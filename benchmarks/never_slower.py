@@ -114,8 +114,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(
         [
             "# Never slower",
-            "Time of the lowered network (chosen by measuring) to that of the dense network and of plain removal of dead "
-            "channels, in the same runtime, one thread, timed again after the choice. *spread* is the interquartile "
+            "Time of the lowered network (chosen by measuring) to that of the dense network and of plain removal of "
+            "dead channels, in the same runtime, one thread, timed again after the choice. *spread* is the interquartile "
             "range of the ratio to dense.",
             f"{len(timed)} cases; {len(timed) - len(worst)} at most {ALLOWED} of the faster of the two"
             + (f". Above it: {beyond}." if worst else ".")

@@ -86,10 +86,7 @@ class CostTable:
         self.times = _read(self.path, self.setting) | self.times
         content = json.dumps({"format": FORMAT, "setting": self.setting, "ms": self.times}, indent=0)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
-                file.write(content)
-            os.replace(file.name, self.path)
+            _write(self.path, content)
         except OSError as error:
             warnings.warn(
                 f"the measured costs of layers could not be kept in {self.path} ({error.strerror}); they are measured "
@@ -99,10 +96,10 @@ class CostTable:
         self._stored = len(self.times)
 
     def _measure(self, case: FormCase) -> float:
-        module = build_form(case).eval().to(self.device, self.dtype)
-        with torch_threads(self.threads), torch.inference_mode(), quiet():
+        with torch_threads(self.threads), torch.inference_mode(), quiet(), torch.random.fork_rng(devices=[]):
+            module = build_form(case).eval().to(self.device, self.dtype)
             if self.runtime == "eager":
-                x = torch.randn(case.shape, device=self.device, dtype=self.dtype)
+                x = torch.randn(case.shape).to(self.device, self.dtype)
                 return 1e3 * time_alone(complete(lambda: module(x), self.device))
             seconds = self._time_file(module, case.shape)
             if len(case.shape) == 4 and case.kind != "Linear":
@@ -129,5 +126,18 @@ def _read(path: Path, setting: str) -> dict[str, float]:
         if content["format"] != FORMAT or content["setting"] != setting:
             return {}
         return {str(key): float(value) for key, value in content["ms"].items() if 0 < float(value) < float("inf")}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return {}
+
+
+def _write(path: Path, content: str) -> None:
+    """All of the file or nothing of it; nothing else is left beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
