@@ -12,6 +12,7 @@ stream, ask for what cannot be had together, a search decides.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -76,9 +77,10 @@ class _Layout:
 
     def _wishes(self) -> Iterator[_Wish]:
         vectors = {layer.name: self._classes(self.steps[layer.name]) for layer in self.plan.layers}
-        for pair in vectors.values():
-            for classes in pair:
-                self.families.show(classes)
+        # Families take their order from where another one is wanted: from what branches read, then what they make.
+        split = [vectors[layer.name] for layer in self.plan.layers if len(layer.groups) > 1]
+        for classes in (*(ins for _, ins in split), *(outs for outs, _ in split), *itertools.chain(*vectors.values())):
+            self.families.show(classes)
         for layer in self.plan.layers:
             if not layer.groups:
                 continue
@@ -102,16 +104,17 @@ class _Layout:
 
     def arranged(self, held: set[int]) -> Orders:
         """The order of each family in which as much as possible of what is wished for holds, but those `held`."""
-        trees = {family: row(members, family in held) for family, members in self.families.members.items()}
+        members = self.families.members
+        trees = {family: row(range(len(found)), family in held) for family, found in members.items()}
         for wishes in _independent(self.wishes):
             best, saved, refused = _granted(trees, wishes)
-            size = sum(len(self.families.members[family]) for family in best)
+            size = sum(len(members[family]) for family in best)
             for wish in refused[: _EFFORT // (size * len(wishes))]:
                 other, more, _ = _granted(trees, [wish, *(w for w in wishes if w is not wish)])
                 if more > saved:
                     best, saved = other, more
             trees |= best
-        return {family: order(tree) for family, tree in trees.items()}
+        return {family: [members[family][place] for place in order(tree)] for family, tree in trees.items()}
 
     def standing(self, orders: Orders) -> Tensor:
         """int64 [wires]: the class that stands where each wire's class stood."""

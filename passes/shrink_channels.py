@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from dspfx.errors import MismatchError
 from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.reorder import check_order, reordered
-from dspfx.graph.simulate import simulate
+from dspfx.graph.simulate import Outcome, simulate
 from dspfx.graph.trace import has_effect
 from dspfx.graph.traced import Model, TracedModule, parts_of
 from dspfx.modules import replace_module
@@ -29,15 +29,9 @@ def shrink_channels(model: Model, channels: ChannelGraph, plan: LowerPlan) -> Mo
     """
     removed = removed_wires(channels, plan)
     stands = standing(channels, plan)
-    outcomes = {part: simulate(part, channels, part.graph, removed) for part in parts_of(model).values()}
-    for part, outcome in outcomes.items():
-        broken = outcome.broken
-        if stands is not None:
-            broken = broken or check_order(part, channels, part.graph, removed, outcome, stands)
-        if broken:
-            node, reason = broken[0]
-            raise _mismatch(f"at {node}, {reason}")
+    outcomes = _outcomes(model, channels, removed, stands)
     order = channels.root if stands is None else stands
+    _check_reads(channels, plan, removed, order)
     for part, outcome in outcomes.items():
         for node, repair in outcome.repairs.items():
             _rewrite(part, node, *repair)
@@ -57,6 +51,31 @@ def shrink_channels(model: Model, channels: ChannelGraph, plan: LowerPlan) -> Mo
     for part in outcomes:
         part.recompile()
     return model
+
+
+def _outcomes(
+    model: Model, channels: ChannelGraph, removed: Tensor, stands: Tensor | None
+) -> dict[TracedModule, Outcome]:
+    """What the removal and the order do to each graph; MismatchError where one would not mean the same."""
+    outcomes = {part: simulate(part, channels, part.graph, removed) for part in parts_of(model).values()}
+    for part, outcome in outcomes.items():
+        broken = outcome.broken
+        if not broken and stands is not None:
+            broken = check_order(part, channels, part.graph, removed, outcome, stands)
+        if broken:
+            node, reason = broken[0]
+            raise _mismatch(f"at {node}, {reason}")
+    return outcomes
+
+
+def _check_reads(channels: ChannelGraph, plan: LowerPlan, removed: Tensor, order: Tensor) -> None:
+    """MismatchError where the groups of a layer would count other channels than those that it will read."""
+    counted = {layer.name: layer.channels for layer in plan.layers if layer.groups}
+    for step in channels.steps:
+        if step.kind == "conv" and step.name in counted:
+            found = tuple(kept_in_order(step.ins[0], channels, removed, order).tolist())
+            if found != counted[step.name]:
+                raise _mismatch(f"{step.name} reads channels in another order than it says")
 
 
 def removed_wires(channels: ChannelGraph, plan: LowerPlan) -> Tensor:
@@ -93,7 +112,7 @@ def standing(channels: ChannelGraph, plan: LowerPlan) -> Tensor | None:
         stands[old] = new
     for name, old, new in pairs:
         if not torch.equal(stands[old], new):
-            raise _mismatch(f"the filters of {name} stand in another order than those they are added to")
+            raise _mismatch(f"the filters of {name} stand in another order than those they equal")
     return stands[channels.root]
 
 

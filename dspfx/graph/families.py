@@ -16,7 +16,8 @@ from dspfx.graph.channels import ChannelGraph, tensors_in
 from dspfx.graph.simulate import Outcome
 from dspfx.graph.wires import distinct, thin
 
-Sets = tuple[tuple[int, frozenset[int]], ...]  # (family, classes of it, START and END) that are to stand together
+# (family, places in it, START and END) that are to stand together
+Sets = tuple[tuple[int, frozenset[int]], ...]
 Run = tuple[int | None, range]
 
 
@@ -26,7 +27,7 @@ class Families:
     Attributes:
         of: int64 [wires], the family of each wire's class.
         fixed: families that keep their order: what is pinned, and whole groups of grouped convolutions.
-        members: the classes of a family in the order in which they stand where they were first shown to `runs`.
+        members: the classes of a family, as they stand in the tensor that was the first to `show` them.
     """
 
     def __init__(self, channels: ChannelGraph, outcomes: Iterable[Outcome], removed: Tensor) -> None:
@@ -50,7 +51,7 @@ class Families:
         self.of = marks.unique(return_inverse=True)[1][channels.root]
         self.fixed = set(self.of[pinned].tolist())
         self.members: dict[int, list[int]] = {}
-        self._seen: set[int] = set()
+        self._place: dict[int, int] = {}  # of a class among the members of its family
 
     def touching(self, values: Iterable[Tensor]) -> set[int]:
         """The families of all wires of some tensors."""
@@ -59,20 +60,24 @@ class Families:
     def show(self, classes: Iterable[int]) -> None:
         """Classes not yet shown become the last ones of their families."""
         for one in classes:
-            if one not in self._seen:
-                self._seen.add(one)
-                self.members.setdefault(int(self.of[one]), []).append(one)
+            if one not in self._place:
+                members = self.members.setdefault(int(self.of[one]), [])
+                self._place[one] = len(members)
+                members.append(one)
 
     def runs(self, classes: list[int]) -> list[Run]:
-        """The stretches of a tensor that hold one family each, whole and in its order; others, of one channel each,
-        have no family."""
+        """The stretches of a tensor that hold one family each, whole and in its order, each class once or equally often
+        in a row; others, of one channel each, have no family."""
         family = self.of[torch.tensor(classes, dtype=torch.int64)].tolist()
         runs: list[Run] = []
         start = 0
         while start < len(classes):
-            members = self.members[family[start]]
-            is_whole = classes[start] == members[0] and classes[start : start + len(members)] == members
-            stop = start + (len(members) if is_whole else 1)
+            members, often = self.members[family[start]], 0
+            while start + often < len(classes) and classes[start + often] == members[0]:
+                often += 1
+            stop = start + often * len(members)
+            is_whole = often > 0 and classes[start:stop] == [one for one in members for _ in range(often)]
+            stop = stop if is_whole else start + 1
             runs.append((family[start] if is_whole else None, range(start, stop)))
             start = stop
         return runs
@@ -93,6 +98,8 @@ class Families:
                 continue
             if family is None or (i > first and (last or i < end)):
                 return None
-            ends = [START] if i > first else [END] if last or i < end else []
-            sets.append((family, frozenset([classes[place] for place in inside[i]] + ends)))
+            leaves = frozenset(self._place[classes[place]] for place in inside[i])
+            if len(leaves) * (len(run) // len(self.members[family])) != len(inside[i]):
+                return None  # of one class a part alone
+            sets.append((family, leaves | ({START} if i > first else {END} if last or i < end else set())))
         return tuple(sets)

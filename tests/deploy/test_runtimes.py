@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from dspfx.config import Inputs
 from dspfx.deploy import runtimes
 from dspfx.deploy.agree import disagreement
+from dspfx.deploy.onnx import Nesting, write_onnx
 from dspfx.deploy.runtimes import RUNTIMES, TOLERANCE, build, describe_runtime
 from dspfx.errors import ConfigError, DspfxError, InputError, MismatchError, RuntimeBuildError
 from dspfx.graph.tracer import expect
@@ -90,6 +91,24 @@ def test_the_networks_hold_what_is_hard_to_export() -> None:
     assert any(isinstance(m, GroupConv2d) for m in small("resnet_bottleneck").modules())
     assert any(isinstance(m, SparseNorm) for m in small("group_norm").modules())
     assert any(node.target is expect for node in small("shape_branch").graph.nodes)  # type: ignore[union-attr]
+
+
+def test_branches_on_ranges_export_as_slices(tmp_path: Path) -> None:
+    """Filters and channels of two groups lie scattered: the file has a slice a branch, and gathers nothing."""
+    middle = nn.Conv2d(8, 6, 3)
+    with torch.no_grad():
+        middle.weight[::2, [1, 3, 5]] = 0
+        middle.weight[1::2, [0, 2, 4]] = 0
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    lowered = forced(prepare(network, IMAGES))
+    assert isinstance(lowered.get_submodule("2"), GroupConv2d)
+    check_equal(build("onnxruntime", lowered, IMAGES), network, IMAGES)
+    file = tmp_path / "network.onnx"
+    write_onnx(lowered, Nesting(lowered, Inputs(IMAGES), any_batch=True), file)
+    kinds = [node.op_type for node in importlib.import_module("onnx").load(file).graph.node]
+    assert "Gather" not in kinds
+    assert kinds.count("Slice") == 2
+    assert kinds.count("Concat") == 1
 
 
 @pytest.mark.slow
