@@ -68,13 +68,19 @@ def flops_ratio(files: dict[str, Path]) -> float:
     return half / dense
 
 
-def test_one_table_for_each_runtime_and_batch(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, files["dense"], files["half"], "--runtime", "eager,onnxruntime", "--batch", "1,3")
-    tables = text.strip().split("\n\n")
-    settings = [table.splitlines()[-1] for table in tables]
-    for setting, size, runtime in zip(settings, "1313", ["eager"] * 2 + [r"onnxruntime [\d.]+"] * 2, strict=True):
-        expected = rf"input {size}x3x12x12, 2 rounds; {runtime}, .+, 1 thread, \w+ \w+, torch .+"
-        assert re.fullmatch(expected, setting)
+def test_one_table_for_each_runtime_and_batch(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.json"
+    argv = (files["dense"], files["half"], "--runtime", "eager,onnxruntime", "--batch", "1,3", "--json", path)
+    tables = shown(capsys, *argv).strip().split("\n\n")
+    results = json.loads(path.read_text())["results"]
+    assert [table.splitlines()[-1] for table in tables] == [result["setting"] for result in results]
+    versions = ["eager"] * 2 + [f"onnxruntime {importlib.import_module('onnxruntime').__version__}"] * 2
+    for result, batch, version in zip(results, [1, 3, 1, 3], versions, strict=True):
+        assert (result["runtime"], result["version"], result["batch"]) == (version.split()[0], version, batch)
+        expected = rf"input {batch}x3x12x12, 2 rounds; {re.escape(version)}, .+, 1 thread, \w+ \w+, torch .+"
+        assert re.fullmatch(expected, result["setting"])
     header, _, dense, half = (re.split(r"\s{2,}", line.strip()) for line in tables[1].splitlines()[:-1])
     assert header == ["network", "median ms", f"ratio to {files['dense']}", "spread"]
     assert dense[::2] == [str(files["dense"]), "1.000"]
@@ -84,8 +90,7 @@ def test_one_table_for_each_runtime_and_batch(files: dict[str, Path], capsys: py
 
 def test_the_record_is_complete(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "record.json"
-    argv = (files["dense"], files["half"], "--batch", "2", "--threads", "2", "--json", path)
-    text = shown(capsys, *argv)
+    text = shown(capsys, files["dense"], files["half"], "--batch", "2", "--threads", "2", "--json", path)
     content = json.loads(path.read_text())
     assert list(content) == ["machine", "versions", "threads", "rounds", "results"]
     assert list(content["machine"]) == ["processor", "device", "cores", "threads", "platform"]
@@ -100,17 +105,6 @@ def test_the_record_is_complete(files: dict[str, Path], tmp_path: Path, capsys: 
     assert half["ratio"] == pytest.approx(half["median_ms"] / dense["median_ms"])
     assert half["ratio"] == pytest.approx(flops_ratio(files), abs=0.01)
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_runtimes_are_recorded_with_their_versions(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    results = recorded(capsys, files["half"], "--runtime", "onnxruntime,eager", "--batch", "1,2")["results"]
-    assert [(r["runtime"], r["batch"]) for r in results] == [
-        ("onnxruntime", 1),
-        ("onnxruntime", 2),
-        ("eager", 1),
-        ("eager", 2),
-    ]
-    assert results[0]["version"] == f"onnxruntime {importlib.import_module('onnxruntime').__version__}"
 
 
 def test_inputs_are_what_a_file_remembers_or_what_is_given(

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import dspfx
 from dspfx.__main__ import main
-from dspfx.cli import models
+from dspfx.cli import compress, models
 from dspfx.cli.data import DataConfig, load_data
+from dspfx.config import Inputs
+from dspfx.deploy.costs import MEASURED_IN
+from dspfx.deploy.runtimes import RUNTIMES, Runtime
 
 DATA = ["--image-size", "16", "--limit-train", "200", "--threads", "1", "--device", "cpu"]
 EPOCHS = ["--epochs-dense", "2", "--epochs-learn", "3", "--epochs-tune", "3"]
@@ -57,6 +64,29 @@ def test_results_hold_every_network_and_epoch(finished: Path) -> None:
         assert row["latency_ms"] > 0
     assert results["networks"]["lowered"]["test"] == pytest.approx(results["networks"]["pruned"]["test"], abs=0.003)
     assert results["networks"]["lowered"]["flops"] < results["networks"]["dense"]["flops"]
+
+
+def test_results_name_the_runtime_and_what_was_compared_there(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, setting = read(finished), r"input 1x3x16x16, \d+ rounds; eager, .+, 1 thread, .+, torch .+"
+    contest = results["contest"]
+    assert (results["arguments"]["runtime"], results["runtime"]) == ("eager", "eager")
+    assert re.fullmatch(setting, results["latency"])
+    assert re.fullmatch(setting, contest["setting"])
+    assert results["left"]["latency"] is None
+    assert list(contest["results"])[:2] == ["dense", "dead channels removed"]
+    assert contest["results"]["dense"]["ratio"] == 1
+    assert contest["winner"] != "dense"
+    chosen = contest["results"][contest["winner"]]["median_ms"]
+    assert results["networks"]["lowered"]["latency_ms"] == pytest.approx(chosen)
+    assert main(command(finished)) == 0
+    notes = capsys.readouterr().out.splitlines()[-3:-1]
+    count = len(contest["results"])
+    assert notes == [
+        f"Latency: {results['latency']}.",
+        f"Lowered: {contest['winner']}, of {count} forms of the network that were timed there.",
+    ]
 
 
 def test_the_saved_network_is_the_one_that_was_measured(finished: Path) -> None:
@@ -140,6 +170,124 @@ def test_control_trains_as_long_as_the_pruned_network(finished: Path, tmp_path: 
     }
     assert results["networks"]["control"]["flops"] == results["networks"]["dense"]["flops"]
     assert results["networks"]["control"]["test"] != results["networks"]["dense"]["test"]
+
+
+LATENCY = ("--one-shot", "--epochs-dense", "1", "--budget", "latency=0.7", "params=0.8")
+
+
+class Tiny(nn.Sequential):
+    """What takes the place of ResNet20 where only the command is at stake."""
+
+    def __init__(self, classes: int) -> None:
+        first, second = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 96, 3, stride=2)
+        middle = (nn.BatchNorm2d(64), nn.ReLU(), second, nn.BatchNorm2d(96), nn.ReLU())
+        super().__init__(first, *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "build", lambda name, classes: Tiny(classes))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pruned_for_time(tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that pruned to a latency, which is a matter of FLOPs here (conftest.py), and what it said."""
+    out = tmp_path_factory.mktemp("latency") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr(compress, "say", lines.append)
+        assert main(command(out, *LATENCY)) == 0
+    (out / "said").write_text("\n".join(lines))
+    return out
+
+
+def test_a_latency_is_tried_before_training_and_then_met(pruned_for_time: Path) -> None:
+    results = read(pruned_for_time)
+    assert results["arguments"]["budget"] == ["params=0.8", "latency=0.7"]
+    assert 0.6 < results["left"]["latency"] <= 0.7 * 1.02
+    assert results["left"]["params"] <= 0.8
+    assert results["contest"]["results"][results["contest"]["winner"]]["ratio"] <= 0.7 * 1.02
+    said = (pruned_for_time / "said").read_text()
+    tried = said.index(
+        "Can this network reach 70.0% of its time on eager? Tried before training; its layers are measured once on a "
+        "machine.\nIt can: "
+    )
+    assert re.search(r"\nIt can: \d\d\.\d% was measured, with \d\d\.\d% of the FLOPs\.\n", said)
+    assert tried < said.index("\ndense: validation")
+    assert said.index("\nmeasured latency: ") < said.index("\nlowered for eager:\nnetwork ")
+
+
+def test_a_run_that_goes_on_measures_no_latency_again(
+    pruned_for_time: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(pruned_for_time, out)
+    (out / "results.json").unlink()
+    monkeypatch.setattr(dspfx, "prune", lambda *args, **options: pytest.fail("pruned again"))
+    assert main(command(out, *LATENCY)) == 0
+    expected, found = read(pruned_for_time), read(out)
+    assert (found["left"], found["contest"]) == (expected["left"], expected["contest"])
+
+
+def test_another_runtime_is_another_run(pruned_for_time: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(pruned_for_time, *LATENCY, "--runtime", "inductor")) == 2
+    assert capsys.readouterr().err == (
+        f"dspfx compress: error: --out {pruned_for_time} holds a run with --runtime eager, this one has --runtime "
+        "inductor; give another --out, or delete that folder to start over.\n"
+    )
+
+
+def test_a_latency_out_of_reach_ends_the_run_before_training(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command(tmp_path), "--budget", "latency=0.001"]) == 2
+    streams = capsys.readouterr()
+    assert streams.err.startswith("dspfx compress: error: a latency of 0.001 is below ")
+    assert streams.out.splitlines()[-1].startswith("Can this network reach 0.1% of its time on eager?")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_network_that_the_runtime_rejects_ends_the_run_before_training(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reject(*args: Any) -> Any:
+        raise RuntimeError("it has no kernel")
+
+    monkeypatch.setitem(RUNTIMES, "broken", Runtime(reject, tolerance=1e-5))
+    assert main([*command(tmp_path), "--runtime", "broken"]) == 2
+    streams = capsys.readouterr()
+    assert streams.err == (
+        "dspfx compress: error: dense: broken cannot run this Tiny; use another runtime ('eager' runs everything), or "
+        "change in the model what the reason names:\nRuntimeError: it has no kernel\n"
+    )
+    assert "dense 1/2" not in streams.out
+
+
+def test_a_run_for_another_runtime_is_pruned_lowered_and_timed_there(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def make(network: nn.Module, inputs: Inputs, threads: int, any_batch: bool) -> Any:
+        calls.append(threads)
+        return network.forward
+
+    monkeypatch.setitem(RUNTIMES, "other", Runtime(make, tolerance=1e-5))
+    monkeypatch.setitem(MEASURED_IN, "other", "eager")
+    epochs = ("--epochs-dense", "1", "--epochs-learn", "1", "--epochs-tune", "1", "--budget", "latency=0.7")
+    assert main(command(tmp_path, *epochs, "--runtime", "other")) == 0
+    results, setting = read(tmp_path), r"input 1x3x16x16, \d+ rounds; other, .+, 1 thread, .+"
+    assert (results["arguments"]["runtime"], results["runtime"]) == ("other", "other")
+    assert re.fullmatch(setting, results["latency"])
+    assert re.fullmatch(setting, results["contest"]["setting"])
+    out = capsys.readouterr().out
+    assert "Can this network reach 70.0% of its time on other? " in out
+    assert "\nlowered for other:\nnetwork " in out
+    timed = 2 + len(results["contest"]["results"]) + 3  # before training, in the contest, for the table
+    assert len(calls) > timed
+    assert set(calls) == {1}
 
 
 def test_an_infeasible_budget_ends_the_run_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from dspfx.cli.options import Epochs, Settings, add_arguments, read_settings, set_machine
+from dspfx.cli.options import Epochs, Machine, Settings, add_arguments, read_settings, set_machine
 from dspfx.cli.training import Stage
 from dspfx.config import Budget
 from dspfx.errors import BudgetError, ConfigError, DspfxError
@@ -44,7 +44,19 @@ def test_one_shot_trains_neither_groups_nor_weights() -> None:
 
 
 def test_several_budgets() -> None:
-    assert settings("--budget flops=0.3 params=0.5").budget == Budget(flops=0.3, params=0.5)
+    found = settings("--budget flops=0.3 params=0.5 latency=0.6").budget
+    assert found == Budget(flops=0.3, params=0.5, latency=0.6)
+
+
+def test_the_runtime_is_eager_unless_another_is_asked_for() -> None:
+    assert settings("").runtime == "eager"
+    assert settings("--runtime onnxruntime").flat()["runtime"] == "onnxruntime"
+
+
+def test_networks_are_timed_where_the_runtime_is_for() -> None:
+    machine = Machine(torch.device("cuda", 1), 0)
+    assert machine.timed_on("inductor") == machine.device
+    assert machine.timed_on("onnxruntime") == torch.device("cpu")
 
 
 def test_control_repeats_learning_and_tuning() -> None:
@@ -70,6 +82,11 @@ def test_flat_settings_show_what_was_given() -> None:
     [
         ("--budget flops=0", BudgetError, "Budget.flops is 0.0; give the fraction that remains, in (0, 1]"),
         ("--model resnet21", ConfigError, "network 'resnet21' is not known; give one of resnet20, resnet32"),
+        (
+            "--runtime fast",
+            ConfigError,
+            "runtime is 'fast', which dspfx does not know; give one of 'eager', 'inductor', 'onnxruntime', 'openvino'.",
+        ),
         ("--groups 0", ConfigError, "GateConfig.groups is 0; give an integer of at least 1"),
         ("--epochs-learn -1", ConfigError, "--epochs-learn is -1; give 0 or more."),
         ("--lr 0", ConfigError, "--lr is 0.0; give a positive number."),
@@ -85,8 +102,11 @@ def test_bad_settings_are_explained(line: str, kind: type[DspfxError], message: 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--budget flops", "argument --budget: 'flops' is no budget; give flops=0.35 or params=0.35"),
-        ("--budget speed=0.5", "argument --budget: 'speed=0.5' is no budget; give flops=0.35 or params=0.35"),
+        ("--budget flops", "argument --budget: 'flops' is no budget; give flops=0.35 or params=0.35 or latency=0.35"),
+        (
+            "--budget speed=0.5",
+            "argument --budget: 'speed=0.5' is no budget; give flops=0.35 or params=0.35 or latency=0.35",
+        ),
         ("--strength much", "argument --strength: 'much' is neither 'auto' nor a number"),
     ],
 )
