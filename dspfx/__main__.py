@@ -1,4 +1,4 @@
-"""`python -m dspfx compress | profile | benchmark`: one clean line for a mistake, exit code 2; 130 after Ctrl-C."""
+"""`python -m dspfx COMMAND`: one clean line for a mistake and exit code 2; 130 after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dspfx.cli import benchmark, compress, profile
+from dspfx.cli import benchmark, compress, estimate, profile
 from dspfx.errors import DspfxError
 
 
@@ -14,9 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     parser = argparse.ArgumentParser(prog="dspfx", description="Makes convolutional networks smaller and faster.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    compress.register(commands)
-    profile.register(commands)
-    benchmark.register(commands)
+    for command in (compress, profile, benchmark, estimate):
+        command.register(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -37,7 +37,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help=f"of {', '.join(RUNTIMES)} (default: eager)",
     )
     parser.add_argument(
-        "--batch", type=several(_count), metavar="N[,N]", help="samples of a call (default: those of the input, 1)"
+        "--batch",
+        type=several(networks.count),
+        metavar="N[,N]",
+        help="samples of a call (default: those of the input, 1)",
     )
     networks.add_arguments(parser)
     parser.add_argument("--lowered", action="store_true", help="also time what dspfx.lower makes of each network there")
@@ -104,9 +107,3 @@ def several(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
         return [kind(part) for part in text.split(",")]
 
     return parse
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of samples; give 1 or more, several as 1,8,64")
-    return int(text)

@@ -71,6 +71,13 @@ def told_apart(names: Sequence[str]) -> list[str]:
     return found
 
 
+def count(text: str) -> int:
+    """The type of --batch."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of samples; give 1 or more")
+    return int(text)
+
+
 def _known(names: Sequence[str]) -> list[str]:
     """Those that are names, not files."""
     return [name for name in names if not Path(name).is_file()]

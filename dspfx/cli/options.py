@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--budget",
         nargs="+",
-        type=_share,
+        type=share,
         default=[("flops", 0.35)],
         metavar="WHAT=SHARE",
         help="what remains of the dense network, all that are given at once: flops=0.35, params=0.5, latency=0.5 "
@@ -248,12 +248,13 @@ def _given(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
-def _share(text: str) -> tuple[str, float]:
-    name, _, share = text.partition("=")
+def share(text: str) -> tuple[str, float]:
+    """The type of --budget: (field of Budget, its value)."""
+    name, _, value = text.partition("=")
     known = [field.name for field in fields(Budget)]
     try:
         if name in known:
-            return name, float(share)
+            return name, float(value)
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is no budget; give {' or '.join(f'{name}=0.35' for name in known)}")

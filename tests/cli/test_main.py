@@ -35,7 +35,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         main(["compress", "--out", "runs/x"])
 
 
-@pytest.mark.parametrize("command", ["compress", "profile", "benchmark"])
+@pytest.mark.parametrize("command", ["compress", "profile", "benchmark", "estimate"])
 def test_help_names_every_kind_of_model(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
