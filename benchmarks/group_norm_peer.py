@@ -41,6 +41,11 @@ class Cut:
     is_global: bool
     ratio: float
 
+    @property
+    def label(self) -> str:
+        """A short name, for files."""
+        return f"{self.round_to}_{'global' if self.is_global else 'local'}_{self.ratio:g}"
+
 
 @dataclass(frozen=True)
 class Candidate:

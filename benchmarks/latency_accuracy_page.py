@@ -43,14 +43,15 @@ def page(content: dict[str, Any]) -> str:
 
 
 def _networks(content: dict[str, Any]) -> str:
-    networks = content["networks"]
-    dense = networks["dense"]
     rows = []
     for name, label in LABELS.items():
-        own = networks[name]
-        times = [f"{t['median_ms']:.2f} ms ({t['ratio']:.3f} ± {t['spread'] / 2:.3f})" for t in own["latency"].values()]
-        shares = [f"{own[key] / dense[key]:.1%}" for key in ("macs", "params")]
-        rows.append((label, f"{own['test']:.2%}", f"{own['validation']:.2%}", *shares, *times))
+        times = [
+            f"{t['median_ms']:.2f} ms ({t['ratio']:.3f} ± {t['spread'] / 2:.3f})"
+            for t in content["latency"][name].values()
+        ]
+        shares = [f"{content[key][name] / content[key]['dense']:.1%}" for key in ("macs", "params")]
+        accuracies = [f"{content[key][name]:.2%}" for key in ("test", "validation")]
+        rows.append((label, *accuracies, *shares, *times))
     headers = ["network", "test", "validation", "MACs run", "parameters", "batch 1", "batch 8"]
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
     return (
@@ -62,11 +63,12 @@ def _networks(content: dict[str, Any]) -> str:
 
 def _difference(content: dict[str, Any]) -> str:
     """Who is ahead, by how much, and how sure that is."""
-    ours, theirs = content["networks"]["ours"], content["networks"]["peer"]
-    points = 100 * (ours["test"] - theirs["test"])
-    error = 100 * sum(x["test"] * (1 - x["test"]) / content["images"] for x in (ours, theirs)) ** 0.5
+    ours, theirs = content["test"]["ours"], content["test"]["peer"]
+    points = 100 * (ours - theirs)
+    error = 100 * sum(share * (1 - share) / content["images"] for share in (ours, theirs)) ** 0.5
     verdict = "ahead of" if points > 0 else "behind"
-    latency = {batch: ours["latency"][batch]["ratio"] / theirs["latency"][batch]["ratio"] for batch in ("1", "8")}
+    own, others = content["latency"]["ours"], content["latency"]["peer"]
+    latency = {batch: own[batch]["ratio"] / others[batch]["ratio"] for batch in ("1", "8")}
     return (
         f"dspfx is {abs(points):.2f} points {verdict} Torch-Pruning (standard error of the difference at most about "
         f"{error:.2f}; one seed each), at {latency['1']:.2f} of its latency at "
