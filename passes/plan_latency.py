@@ -2,7 +2,7 @@
 
 Channels that are made and read by the same layers are a *family*; it loses whole blocks of channels, those of least
 energy. A layer that is faster in branches can lose group channels as well, equally many in each group. What goes next
-is what loses the least share of its layers' energies for a millisecond.
+is what loses the least of its layers' energies for a millisecond, on a logarithmic scale.
 """
 
 from __future__ import annotations
@@ -159,11 +159,13 @@ class _State:
     def _family_steps(self, index: int) -> Iterator[_Step]:
         family = self.families[index]
         count = len(family.roots)
-        loss = torch.zeros(count, dtype=torch.float64)
+        each = []  # [layers of the family, R]: what a class is of the energy that a layer has left
         for (name, is_maker), wires in family.wires.items():
-            loss += self.layers[name].share.sum(1 if is_maker else 0)[wires].sum(1)
-        order = loss.argsort(stable=True)
-        lost = torch.cat([torch.zeros(1, dtype=torch.float64), loss[order].cumsum(0)])
+            share = self.layers[name].share
+            each.append(share.sum(1 if is_maker else 0)[wires].sum(1) / share.sum().clamp(min=1e-30))
+        part = torch.stack(each)
+        order = part.sum(0).argsort(stable=True)
+        lost = _loss(part[:, order].cumsum(1)).sum(0)
         for left in _levels(count, self.times.block):
             gain = 0.0
             for name in dict.fromkeys(name for name, _ in family.wires):  # in one order in every process
@@ -173,7 +175,7 @@ class _State:
                         size[place] = family.wires[name, is_maker].shape[1] * (count - left)
                 filters, channels = layer.filters - size[0], layer.channels - size[1]
                 gain += self.ms[name] - layer.ms(self.times, max(filters, 1), max(channels, 1))
-            yield _Step(float(lost[count - left]), gain, index, order[: count - left])
+            yield _Step(float(lost[count - left - 1]), gain, index, order[: count - left])
 
     def _group_steps(self, name: str) -> Iterator[_Step]:
         layer = self.layers[name]
@@ -184,7 +186,8 @@ class _State:
         shares = group_energy(layer.share, layer.reads.row, len(layer.reads.keep)).sort(1, descending=True).values
         for left in _levels(width, self.times.block):
             gain = self.ms[name] - layer.ms(self.times, width=left)
-            yield _Step(float(shares[:, left:].sum()), gain, layer=name, width=left)
+            part = shares[:, left:].sum() / shares.sum().clamp(min=1e-30)
+            yield _Step(float(_loss(part)), gain, layer=name, width=left)
 
     def take(self, step: _Step) -> None:
         """Carries a step out."""
@@ -215,6 +218,12 @@ class _State:
         layer.reads.keep = keep & best
         layer.share = layer.share * layer.reads.pairs()
         layer.width = width
+
+
+def _loss(part: Tensor) -> Tensor:
+    """What losing `part` of a layer's remaining energy counts: to lose half of it counts the same however often it
+    happens, so that no layer is emptied while others are whole."""
+    return -torch.log1p(-part.clamp(0, 1 - 1e-9))
 
 
 def _drop(layer: _Layer, is_maker: bool, wires: Tensor) -> None:
