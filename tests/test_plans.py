@@ -89,7 +89,11 @@ def test_wrong_fields_are_named() -> None:
         (PrunePlan, change(pruned, layers=[{"name": 3}]), "expected str, found 3"),
         (PrunePlan, change(pruned, layers=[{"name": "a", "macs": True}]), "expected int, found True"),
         (LowerPlan, change(lowered, layers=[{"shape": "round"}]), "unknown field 'shape'"),
-        (LowerPlan, change(lowered, layers=[{"form": "round"}]), "expected one of 'dense', 'branches', 'grouped', found 'round'"),
+        (
+            LowerPlan,
+            change(lowered, layers=[{"form": "round"}]),
+            "expected one of 'dense', 'branches', 'grouped', found 'round'",
+        ),
         (GatePlan, change(gates, config={"groups": 0}), r"GateConfig\.groups is 0; give an integer .*"),
     ]
     for kind, text, reason in cases:
