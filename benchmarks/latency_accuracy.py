@@ -205,6 +205,12 @@ def measure_accuracy(run: Run, networks: dict[str, nn.Module]) -> dict[str, Any]
     return {"test": scores, "validation": validation, "images": len(test)}
 
 
+def said(options: argparse.Namespace) -> str:
+    """The options that differ from the defaults, as they were given."""
+    own = asdict(Settings()) | {"flops": None}
+    return "".join(f" --{n.replace('_', '-')} {getattr(options, n)}" for n in own if getattr(options, n) != own[n])
+
+
 def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returned when the file was written; it is made once."""
     if not path.exists():
@@ -259,7 +265,7 @@ def main() -> None:
     if options.retime:
         (run.out / "latency.json").unlink(missing_ok=True)
     content = {"settings": asdict(run.settings), "flops": options.flops, "curves": curves(run)}
-    content |= {"peer": read_json(run.out / "peer.json")}
+    content |= {"peer": read_json(run.out / "peer.json"), "options": said(options)}
     content |= cached(run.out / "latency.json", lambda: measure_latency(run, networks))
     content |= cached(run.out / "accuracy.json", lambda: measure_accuracy(run, networks))
     text = page(content)

@@ -34,7 +34,7 @@ def page(content: dict[str, Any]) -> str:
                 _curves(content["curves"]),
                 "Made by",
                 "    OMP_NUM_THREADS=1 python -m benchmarks.latency_accuracy --data DIR "
-                "--checkpoint resnet20_cifar10.safetensors --out runs/latency_accuracy "
+                f"--checkpoint resnet20_cifar10.safetensors --out runs/latency_accuracy{content['options']} "
                 "--write docs/results/latency_accuracy.md",
             ]
         )
