@@ -103,7 +103,7 @@ def _method(content: dict[str, Any]) -> str:
         f"{peer['learned']}, multiples of {cut['round_to']}, {ranking}, "
         f"ratio {cut['ratio']} (widths {', '.join(map(str, peer['widths']))}). "
         f"On trial: {options}.",
-        f"dspfx: default gates and learner, pruned once to {ours}, lowered for ONNX Runtime.",
+        f"dspfx: default gates and learner, pruned in one step to {ours}, lowered for ONNX Runtime.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
