@@ -45,11 +45,13 @@ class Estimate:
         kind: the field of the budget, "flops", "params" or "latency".
         trials: the budget asked first, then smaller ones until one was worth it.
         setting: what was measured, and on what.
+        notes: what to know about the measurements, such as that the machine was too busy.
     """
 
     kind: str
     trials: tuple[Trial, ...]
     setting: str
+    notes: tuple[str, ...] = ()
 
     @property
     def is_worth(self) -> bool:
@@ -93,7 +95,7 @@ class Estimate:
                 f"least {min(t.latency_left for t in self.trials):.2f} of the dense network's time. Another runtime, "
                 f"or Budget(latency=...), which removes what costs time, may do better."
             )
-        return f"{table}\n{verdict}\n{self.setting}"
+        return "\n".join([table, verdict, *self.notes, self.setting])
 
 
 def estimate(
@@ -127,13 +129,13 @@ def estimate(
         raise BudgetError(f"estimate answers one question at a time, and {budget} asks {len(asked)}; give one field.")
     kind, value = asked[0]
     trials: list[Trial] = []
-    setting = ""
+    contest: Contest | None = None
     prepared = prepare(model, example_inputs, config)
     steps = (1.0,) if kind == "latency" else STEPS
     with tqdm(total=len(steps), desc=f"estimating on {runtime}", disable=None, leave=False) as bar:
         for step in steps:
             try:
-                trial, setting = _try(prepared, kind, value * step, runtime, threads)
+                trial, contest = _try(prepared, kind, value * step, runtime, threads)
             except BudgetError:
                 if not trials:
                     raise
@@ -142,17 +144,18 @@ def estimate(
             bar.update()
             if trial.latency_left <= WORTH:
                 break
-    return Estimate(kind, tuple(trials), setting)
+    assert contest is not None
+    return Estimate(kind, tuple(trials), contest.setting, contest.notes)
 
 
-def _try(prepared: Network, kind: str, value: float, runtime: str, threads: int) -> tuple[Trial, str]:
+def _try(prepared: Network, kind: str, value: float, runtime: str, threads: int) -> tuple[Trial, Contest]:
     gm = copy.deepcopy(prepared)
     plan = prune(gm, Budget(**{kind: value}), random_energy(), None, runtime, threads=threads)
     small = lower(gm, network_meta(gm)["inputs"], runtime, threads=threads)
     contest: Contest = network_meta(small)["contest"]
     won = contest.results[contest.winner]
     trial = Trial(value, plan.flops_left, plan.params_left, won.ratio, won.spread, contest.winner)
-    return trial, contest.setting
+    return trial, contest
 
 
 def random_energy(groups: int = GROUPS.groups, seed: int = 0) -> Importance:

@@ -36,7 +36,9 @@ from dspfx.passes.plan_lower import plan_lower
 from dspfx.passes.plan_prune import plan_prune
 from dspfx.passes.remove_gates import remove_gates
 from dspfx.passes.shrink_channels import shrink_channels
-from dspfx.plans import GatePlan, LoweredLayer, LowerPlan, PrunePlan
+from dspfx.plans import GatePlan, LowerPlan, PrunePlan
+
+HOPEFUL = 1.1  # of the best predicted time: what is predicted to take longer is not worth building
 
 
 def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = DEFAULT_GATES) -> Network:
@@ -214,20 +216,24 @@ def _tuned(gm: Network, inputs: Inputs, runtime: str, threads: int, fold: bool) 
 
 def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[Entrant]:
     """The forms of a whole network that are worth timing, safest first; of equal plans, the first."""
-    seen: list[tuple[LoweredLayer, ...]] = []
     parameter, block = next(iter(gm.parameters())), block_width()
     with CostTable(runtime, parameter.device, threads, parameter.dtype) as table:
-        for name, multiple, may_split in (
-            ("dense", 0, False),
-            ("dead channels removed", 1, False),
-            (f"widths in blocks of {block}", block, False),
-            ("fastest form of each layer", 1, True),
-            (f"fastest forms in blocks of {block}", block, True),
+        plans: dict[str, LowerPlan] = {}
+        for name, options in (
+            ("dense", LowerOptions(0, table, may_split=False)),
+            ("dead channels removed", LowerOptions(1, table, may_split=False)),
+            (f"widths in blocks of {block}", LowerOptions(block, table, may_split=False)),
+            ("clearly faster forms, in blocks", LowerOptions(block, table, margin=0.8)),
+            ("fastest forms, in blocks", LowerOptions(block, table)),
+            ("fastest forms", LowerOptions(1, table)),
         ):
-            plan = _planned(gm, LowerOptions(multiple, table, may_split))
-            if plan.layers not in seen:
-                seen.append(plan.layers)
-                yield Entrant(name, partial(_carried_out, copy.deepcopy(gm), plan, fold), plan.ms)
+            plan = _planned(gm, options)
+            if plan.layers not in [other.layers for other in plans.values()]:
+                plans[name] = plan
+    best = min(plan.ms or 0.0 for plan in plans.values())
+    for index, (name, plan) in enumerate(plans.items()):
+        if index < 2 or (plan.ms or 0.0) <= HOPEFUL * best:  # what is not slower has to be shown for the first two
+            yield Entrant(name, partial(_carried_out, copy.deepcopy(gm), plan, fold), plan.ms)
 
 
 def _plain(model: nn.Module, example_inputs: Any) -> Network:
@@ -241,7 +247,7 @@ def _planned(gm: Network, options: LowerOptions) -> LowerPlan:
     """What is kept, in which forms and in which order."""
     channels = analyse(gm)
     plan = lay_out(gm, channels, plan_lower(gm, channels, options))
-    return plan if options.clock is None else confirm_forms(gm, plan, options.clock)
+    return confirm_forms(gm, plan, options)
 
 
 def _carried_out(gm: Network, plan: LowerPlan, fold: bool) -> Network:

@@ -21,7 +21,6 @@ from dspfx.graph.liveness import unique_rows
 from dspfx.grouped import pad_groups
 from dspfx.plans import Group, LoweredLayer, LowerPlan
 
-MARGIN = 0.97  # of the dense form's time: isolated measurements flatter what has more parts
 MAX_BRANCHES = 16
 # Without a clock (CPUs, batch 1, fp32): below these sizes the copies and narrow convolutions of branches cost more than
 # the multiply-adds they save.
@@ -38,11 +37,14 @@ class LowerOptions:
         multiple: widths of layers and branches are kept a multiple of this where they can be; 0 keeps every channel.
         clock: milliseconds of a layer; None for the rule.
         may_split: whether a layer may become several.
+        margin: of the dense form's time, what another form may take at most: isolated measurements flatter what has
+            more parts.
     """
 
     multiple: int = 1
     clock: Clock | None = None
     may_split: bool = True
+    margin: float = 0.97
 
 
 BY_RULE = LowerOptions()
@@ -73,7 +75,7 @@ def choose_form(conv: nn.Module, pairs: Tensor, shapes: tuple[tuple[int, ...], .
     if clock is None:
         return _by_rule(pairs, shapes, splits)
     best = Choice("dense", (), sum(map(clock, dense)) if dense else None)
-    allowed = MARGIN * (best.ms or 0.0)
+    allowed = options.margin * (best.ms or 0.0)
     for form, groups in _forms(splits):
         ms = sum(clock(split_case(case, form, groups, is_laid_out=False)) for case in dense)
         if ms < allowed:
@@ -107,19 +109,20 @@ def split_case(case: FormCase, form: Form, groups: tuple[Group, ...], is_laid_ou
     return replace(case, form=form, branches=branches, is_ordered=is_ordered)
 
 
-def confirm_forms(model: nn.Module, plan: LowerPlan, clock: Clock) -> LowerPlan:
+def confirm_forms(model: nn.Module, plan: LowerPlan, options: LowerOptions) -> LowerPlan:
     """The plan, laid out, without the branches that did not get the ranges that they would pay with."""
     costs = layer_costs(model)
-    return LowerPlan(tuple(_confirmed(model, layer, costs[layer.name], clock) for layer in plan.layers))
+    return LowerPlan(tuple(_confirmed(model, layer, costs[layer.name], options) for layer in plan.layers))
 
 
-def _confirmed(model: nn.Module, layer: LoweredLayer, cost: LayerCost, clock: Clock) -> LoweredLayer:
-    if layer.form == "dense":
+def _confirmed(model: nn.Module, layer: LoweredLayer, cost: LayerCost, options: LowerOptions) -> LoweredLayer:
+    clock = options.clock
+    if layer.form == "dense" or clock is None:
         return layer
     cases = [case for shape in cost.input_shapes if (case := case_of(model.get_submodule(layer.name), shape))]
     dense = [case.resized(len(layer.filters), len(layer.channels)) for case in cases]
     ms, dense_ms = sum(clock(split_case(case, layer.form, layer.groups)) for case in dense), sum(map(clock, dense))
-    if ms < MARGIN * dense_ms:
+    if ms < options.margin * dense_ms:
         return replace(layer, ms=ms)
     run = len(layer.filters) * len(layer.channels) * cost.macs_per_pair
     return replace(layer, form="dense", groups=(), macs_run=run, ms=dense_ms)

@@ -19,7 +19,7 @@ from dspfx.forms import AnyWidth, Clock, FormCase, case_of
 from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.liveness import Reads, liveness
 from dspfx.method.importance import group_energy
-from dspfx.passes.choose_form import MARGIN
+from dspfx.passes.choose_form import BY_RULE
 from dspfx.passes.plan_prune import Energy, Search
 from dspfx.plans import PrunePlan
 
@@ -51,7 +51,7 @@ class _Layer:
         if not width or self.reads is None:
             return dense
         groups = len(self.reads.keep)
-        return min(dense, sum(times.branches(case, groups, filters, width) for case in self.cases) / MARGIN)
+        return min(dense, sum(times.branches(case, groups, filters, width) for case in self.cases) / BY_RULE.margin)
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from dspfx.deploy.compete import Contest, Entrant
 from dspfx.deploy.timing import Result
 from dspfx.errors import BudgetError
 from dspfx.estimate import WORTH, random_energy
+from dspfx.graph.traced import network_meta
 from tests.compare import fingerprint, unchanged
 from tests.zoo import ZOO
 
@@ -33,7 +34,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[float], float]
 
         def contest(runtime: str, entrants: Iterable[Entrant], *rest: Any) -> tuple[nn.Module, Contest]:
             network = list(entrants)[-1].make()
-            asked.append(ratio(network.meta["lower_plan"].flops_run))
+            asked.append(ratio(network_meta(network)["lower_plan"].flops_run))
             results = {"dense": Result(2.0, 1.0, 0.0), "ours": Result(2 * asked[-1], asked[-1], 0.01)}
             return network, Contest("ours", results, setting=f"on {runtime}")
 

@@ -15,7 +15,7 @@ from dspfx.graph.analyse import analyse
 from dspfx.graph.trace import trace
 from dspfx.graph.traced import settle_eval
 from dspfx.passes.choose_form import (
-    MARGIN,
+    BY_RULE,
     MAX_BRANCHES,
     Choice,
     LowerOptions,
@@ -73,9 +73,12 @@ def test_branches_where_the_clock_says_so() -> None:
     assert choose(TWO, work, may_split=False) == Choice("dense", (), 64.0)
 
 
-@pytest.mark.parametrize(("share", "form"), [(MARGIN + 1e-6, "dense"), (MARGIN, "dense"), (MARGIN - 1e-6, "branches")])
+@pytest.mark.parametrize(
+    ("share", "form"),
+    [(BY_RULE.margin + 1e-6, "dense"), (BY_RULE.margin, "dense"), (BY_RULE.margin - 1e-6, "branches")],
+)
 def test_branches_have_to_be_faster_by_the_margin(share: float, form: str) -> None:
-    assert MARGIN == 0.97
+    assert BY_RULE.margin == 0.97
     found = choose(TWO, lambda case: share if case.branches else 1.0)
     assert found.form == form
     assert found.ms == (share if form == "branches" else 1.0)
@@ -256,12 +259,12 @@ def test_branches_that_did_not_get_their_ranges_have_to_pay_all_the_same(copies:
     plan = plan_lower(gm, channels, LowerOptions(1, clock))
     hoped = plan.layers[1]
     assert (hoped.form, hoped.ms, 2 * hoped.macs_run) == ("branches", 0.25, hoped.macs)
-    found = confirm_forms(gm, plan, clock).layers  # nothing was laid out
+    found = confirm_forms(gm, plan, LowerOptions(clock=clock)).layers  # nothing was laid out
     assert (found[0], found[2]) == (plan.layers[0], plan.layers[2])
     assert (found[1].form, found[1].ms) == (form, copies)
     assert found[1].groups == (hoped.groups if form == "branches" else ())
     assert found[1].macs_run == (hoped.macs_run if form == "branches" else hoped.macs)
-    assert confirm_forms(gm, lay_out(gm, channels, plan), clock).layers[1].ms == 0.25
+    assert confirm_forms(gm, lay_out(gm, channels, plan), LowerOptions(clock=clock)).layers[1].ms == 0.25
 
 
 def test_widths_grow_to_a_multiple_by_what_is_read_most() -> None:

@@ -20,7 +20,7 @@ from dspfx.graph.traced import Network
 from dspfx.method.importance import resolve
 from dspfx.passes import plan_latency as module
 from dspfx.passes.apply_masks import apply_masks
-from dspfx.passes.choose_form import LowerOptions
+from dspfx.passes.choose_form import BY_RULE, LowerOptions
 from dspfx.passes.plan_latency import plan_latency
 from dspfx.passes.plan_lower import plan_lower
 from dspfx.pipeline import _plain, lower, prepare
@@ -180,7 +180,7 @@ def test_groups_lose_equally_many_channels_where_branches_are_cheap(groups: int)
     plan = plan_of(gm, 0.4, branches_by_width, 8)
     widths = [{len(g.channels) for g in layer.groups} for layer in plan.layers]
     assert all(len(found) == 1 and width in (2, 4, 8, 16, 24) for found in widths for width in found)
-    expected = [0.5 / module.MARGIN * width / 32 for found in widths for width in found]
+    expected = [0.5 / BY_RULE.margin * width / 32 for found in widths for width in found]
     assert (1 + sum(expected)) / 3 <= 0.4  # the first layer reads the input and has no groups
     # A dense layer would not be faster with fewer filters, and those of layer 2 died where layer 4 reads them not.
     assert sum(len(g.filters) for g in plan.layers[1].groups) == 32
