@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from dspfx.config import DEFAULT_GATES, Budget, GateConfig, Inputs
 from dspfx.deploy.compete import Contest, Entrant, compete
 from dspfx.deploy.costs import CostTable
 from dspfx.deploy.machine import block_width
-from dspfx.deploy.runtimes import find_runtime
+from dspfx.deploy.runtimes import check_runtime
 from dspfx.deploy.settle import settle
-from dspfx.errors import BudgetError, ConfigError, ModelError
+from dspfx.errors import BudgetError, ConfigError, ModelError, RuntimeBuildError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import propagate
 from dspfx.graph.parts import describe_parts, trace_parts, why_untraced
@@ -125,6 +127,8 @@ def prune(
             f"{budget} has a latency and no runtime to measure it on; name the one that the network is for: "
             f'prune(gm, budget, runtime="onnxruntime").'
         )
+    if runtime is not None:
+        check_runtime(runtime, threads)
     if example_inputs is not None:
         describe_parts(gm, example_inputs)
     work, plan = gm, None
@@ -142,12 +146,16 @@ def prune(
 def _plan_latency(gm: Network, latency: float, energy: Importance, runtime: str, threads: int) -> PrunePlan:
     """The plan that meets a latency, found by measuring."""
     channels, inputs = analyse(gm), network_meta(gm)["inputs"]
-    parameter = next(iter(gm.parameters()))
 
     def measure(plan: PrunePlan) -> float:
-        return _tuned(_plain(_masked(gm, plan), None), inputs, runtime, threads, True)[1].ratio
+        contest = _tuned(_plain(_masked(gm, plan), None), inputs, runtime, threads, True)[1]
+        if "dense" not in contest.results:
+            raise RuntimeBuildError(f"there is no dense network to compare with: {contest.notes[0]}")
+        for note in contest.notes:
+            warnings.warn(f"pruning to a latency of {latency}: {note}", stacklevel=4)
+        return contest.ratio
 
-    with CostTable(runtime, parameter.device, threads, parameter.dtype) as table:
+    with _costs(gm, runtime, threads) as table:
         return settle(latency, lambda share: plan_latency(gm, channels, share, energy, table, block_width()), measure)
 
 
@@ -197,7 +205,7 @@ def lower(
     """
     if tune not in ("auto", "measure", None):
         raise ConfigError(f"tune is {tune!r}; give 'auto', 'measure', or None for a rule without measurements.")
-    find_runtime(runtime)
+    check_runtime(runtime, threads)
     gm = _plain(model, example_inputs)
     if tune is None or (tune == "auto" and example_inputs is None):
         return _carried_out(gm, _planned(gm, LowerOptions(1 if runtime == "eager" else block_width())), fold)
@@ -216,8 +224,8 @@ def _tuned(gm: Network, inputs: Inputs, runtime: str, threads: int, fold: bool) 
 
 def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[Entrant]:
     """The forms of a whole network that are worth timing, safest first; of equal plans, the first."""
-    parameter, block = next(iter(gm.parameters())), block_width()
-    with CostTable(runtime, parameter.device, threads, parameter.dtype) as table:
+    block = block_width()
+    with _costs(gm, runtime, threads) as table:
         plans: dict[str, LowerPlan] = {}
         for name, options in (
             ("dense", LowerOptions(0, table, may_split=False)),
@@ -234,6 +242,12 @@ def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[E
     for index, (name, plan) in enumerate(plans.items()):
         if index < 2 or (plan.ms or 0.0) <= HOPEFUL * best:  # what is not slower has to be shown for the first two
             yield Entrant(name, partial(_carried_out, copy.deepcopy(gm), plan, fold), plan.ms)
+
+
+def _costs(gm: Network, runtime: str, threads: int) -> CostTable:
+    """The table of what layers like this network's take."""
+    parameter = next(iter(gm.parameters()), torch.empty(0))
+    return CostTable(runtime, parameter.device, threads, parameter.dtype)
 
 
 def _plain(model: nn.Module, example_inputs: Any) -> Network:

@@ -307,3 +307,18 @@ def test_pruned_to_a_measured_latency_in_earnest() -> None:
     assert 0 < plan.latency_left <= 1
     assert plan.flops_left <= 0.7
     assert error(run(gm.eval(), inputs), run(lower(gm, inputs), inputs)) < 1e-12
+
+
+def test_a_network_without_parameters_is_measured_too() -> None:
+    model = nn.Sequential(nn.ReLU())
+    assert torch.equal(lower(model, -torch.ones(1, 3, 4, 4))(-torch.ones(1, 3, 4, 4)), torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("tune", ["auto", None])
+def test_too_few_threads_are_refused(tune: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    image = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(ConfigError, match=r"^threads is 0; give at least 1\.$"):
+        lower(model, image, tune=tune, threads=0)
+    with pytest.raises(ConfigError, match=r"^threads is 0; give at least 1\.$"):
+        prune(prepare(model, image), Budget(latency=0.5), runtime="eager", threads=0)

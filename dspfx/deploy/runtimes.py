@@ -90,9 +90,7 @@ def build(runtime: str, network: nn.Module, example_inputs: Any, threads: int = 
         RuntimeBuildError: the exporter or the runtime rejects the network; the last line says why.
         MismatchError: on the example inputs the runtime's numbers are not those of eager mode.
     """
-    kind = find_runtime(runtime)
-    if threads < 1:
-        raise ConfigError(f"build got threads={threads}; give at least 1.")
+    kind = check_runtime(runtime, threads)
     _check_device(runtime, kind, network)
     describe_inputs(network, example_inputs)
     with quiet(), torch_threads(threads):
@@ -116,6 +114,13 @@ def find_runtime(name: str) -> Runtime:
                 f'pip install "dspfx[{kind.extra}]"'
             ) from error
     return kind
+
+
+def check_runtime(name: str, threads: int) -> Runtime:
+    """The runtime of this name; ConfigError where it cannot be had, or not with so few threads."""
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}; give at least 1.")
+    return find_runtime(name)
 
 
 def describe_runtime(name: str) -> str:

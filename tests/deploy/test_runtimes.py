@@ -323,7 +323,7 @@ def test_runtimes_that_are_not_installed_name_the_extra(
 
 
 def test_too_few_threads_and_other_devices_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^build got threads=0; give at least 1\.$"):
+    with pytest.raises(ConfigError, match=r"^threads is 0; give at least 1\.$"):
         build("eager", nn.ReLU(), IMAGES, threads=0)
     message = "openvino runs on cpu here, and the network is on meta; move it and the inputs with .to('cpu')."
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
