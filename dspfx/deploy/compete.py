@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from tabulate import tabulate
 from torch import nn
+from tqdm import tqdm
 
 from dspfx.config import Inputs
 from dspfx.deploy.benchmark import describe_setting, describe_shapes, first_device, forward_pass
@@ -91,7 +92,7 @@ def compete(runtime: str, entrants: Iterable[Entrant], inputs: Inputs, threads: 
     expected: dict[str, float] = {}
     failures: list[RuntimeBuildError | MismatchError] = []
     notes: list[str] = []
-    for entrant in entrants:
+    for entrant in tqdm(entrants, f"building for {runtime}", disable=None, leave=False):
         network = entrant.make()
         if not networks:
             args, kwargs = realise(network, inputs)

@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +23,7 @@ from dspfx.deploy.runtimes import describe_runtime, find_runtime
 from dspfx.deploy.timing import complete, time_alone
 from dspfx.forms import FormCase, build_form
 
+STORE_EVERY = 50  # layers: what is measured shall not be lost with a long run
 FORMAT = 1  # of the files, and of how their values are measured
 # Inductor compiles for seconds what it then runs with the kernels of eager mode, so eager's times stand for its own.
 MEASURED_IN = {"inductor": "eager"}
@@ -36,7 +36,8 @@ class CostTable:
         table(case)
 
     Every runtime, version, device, data type and number of threads has a file of its own in the cache folder, which is
-    written when the `with` ends. A file that cannot be read is made anew; one that cannot be written costs only time.
+    written when the `with` ends, and now and then before. A file that cannot be read is made anew; one that cannot be
+    written costs only time.
     """
 
     def __init__(
@@ -57,10 +58,16 @@ class CostTable:
         self.path = (folder or user_cache_path("dspfx", appauthor=False)) / f"costs-{self.runtime}-{name}.json"
         self.times = _read(self.path, self.setting)
         self._stored = len(self.times)
+        self._bar: Any = None  # on a terminal, once there is something to measure
 
     def __call__(self, case: FormCase) -> float:
         if case.key not in self.times:
+            if self._bar is None:
+                self._bar = tqdm(desc=f"timing layers on {self.runtime}", disable=None, leave=False)
             self.times[case.key] = self._measure(case)
+            self._bar.update()
+            if len(self.times) >= self._stored + STORE_EVERY:
+                self.store()
         return self.times[case.key]
 
     def __enter__(self) -> Self:
@@ -70,14 +77,8 @@ class CostTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.store()
-
-    def measure(self, cases: Iterable[FormCase], progress: str = "") -> None:
-        """Measures the cases that are not known yet; `progress` is the title of a bar on a terminal."""
-        missing = {case.key: case for case in cases if case.key not in self.times}
-        for index, case in enumerate(tqdm(missing.values(), progress, disable=None if progress else True, leave=False)):
-            self(case)
-            if index % 50 == 49:
-                self.store()
+        if self._bar is not None:
+            self._bar.close()
 
     def store(self) -> None:
         """Writes what was measured since the last time, beside what other processes have written meanwhile."""

@@ -267,15 +267,15 @@ def test_many_cases_are_measured_once_each_and_stored_now_and_then(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured: list[FormCase] = []
-    stored: list[int] = []
     table = CostTable("eager", folder=folder)
     monkeypatch.setattr(table, "_measure", lambda case: measured.append(case) or 1.0)  # type: ignore[func-returns-value]
-    monkeypatch.setattr(table, "store", lambda: stored.append(len(measured)))
     cases = [CONV.resized(n, 3) for n in range(1, 121)]
-    table(cases[7])
-    table.measure([*cases, *cases], "layers")
+    for case in [cases[7], *cases, *cases]:
+        table(case)
     assert measured == [cases[7], *cases[:7], *cases[8:]]
-    assert stored == [51, 101]
+    assert len(CostTable("eager", folder=folder).times) == 100  # two times fifty, before anything ended
+    table.store()
+    assert len(CostTable("eager", folder=folder).times) == 120
     assert tuple(capsys.readouterr()) == ("", "")
 
 
@@ -306,6 +306,8 @@ def test_nothing_is_printed_while_measuring(folder: Path, capfd: pytest.CaptureF
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for runtime in RUNTIMES:
-            CostTable(runtime, folder=folder).measure(CASES.values())
+            with CostTable(runtime, folder=folder) as table:
+                for case in CASES.values():
+                    table(case)
     assert tuple(capfd.readouterr()) == ("", "")
     assert costs.MEASURED_IN == {"inductor": "eager"}
