@@ -47,6 +47,8 @@ class Settings:
     weight_decay: float = 5e-4
     target: float = 0.5
     seed: int = 0
+    groups: int = 1  # of our arm: ONNX Runtime gains from whole channels in layers of this size
+    strength: float = 2.0  # of our arm's regulariser, to the default's, which is meant for more epochs
 
 
 class HalfTrainer(Trainer):
@@ -152,9 +154,11 @@ def prune_ours(run: Run, gm: nn.Module, budget: dspfx.Budget) -> str:
 def train_ours(run: Run, dense: nn.Module, budget: dspfx.Budget) -> nn.Module:
     """dspfx: group learning, pruning to the latency, fine-tuning; lowered for ONNX Runtime."""
     torch.manual_seed(run.settings.seed)
-    gm = dspfx.prepare(dense, run.example).to(memory_format=torch.channels_last)
+    gates = dspfx.GateConfig(groups=run.settings.groups)
+    gm = dspfx.prepare(dense, run.example, gates).to(memory_format=torch.channels_last)
     optimizer, steps = run.trainer.optimizer(gm), run.settings.learn * run.trainer.steps
-    with dspfx.GroupLearner(gm, optimizer, steps, seed=run.settings.seed) as learner:
+    strength = run.settings.strength * 540 / sum(p.numel() for p in gm.parameters())
+    with dspfx.GroupLearner(gm, optimizer, steps, strength=strength, seed=run.settings.seed) as learner:
         run.trainer.fit(gm, optimizer, run.learn_stage("ours_learn"), learner)
     say(prune_ours(run, gm, budget))
     run.trainer.fit(gm, run.trainer.optimizer(gm), run.tune_stage("ours_tune"))

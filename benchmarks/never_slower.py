@@ -21,9 +21,9 @@ from tabulate import tabulate
 from torch import nn
 
 import dspfx
-from dspfx.errors import DspfxError
+from dspfx.errors import BudgetError, DspfxError
 from dspfx.estimate import random_energy
-from tests.compare import forced, pruned
+from tests.compare import forced
 from tests.data import DSP_RESNET20
 from tests.nets.published import load_published
 from tests.zoo import ZOO
@@ -56,10 +56,18 @@ def random_structure(name: str, groups: int, share: float) -> tuple[nn.Module, n
 
 
 def from_zoo(name: str) -> tuple[nn.Module, nn.Module, Callable[[int], Any]]:
-    """A small network of the tests, pruned at random."""
+    """A small network of the tests with random groups, pruned to half of its FLOPs or as far as it goes."""
     entry = ZOO[name]
-    gm = pruned(entry).float().eval()
-    return gm, gm, lambda batch: entry.inputs(batch)
+    torch.manual_seed(0)
+    model = entry.build().eval()
+    gm = dspfx.prepare(model, entry.inputs(2), dspfx.GateConfig(groups=2))
+    for share in (0.5, 0.7, 0.9, 1.0):
+        try:
+            dspfx.prune(gm, dspfx.Budget(flops=share), random_energy(2))
+        except BudgetError:
+            continue
+        break
+    return model, gm, lambda batch: entry.inputs(batch)
 
 
 def networks() -> dict[str, Callable[[], tuple[nn.Module, nn.Module, Callable[[int], Any]]]]:
