@@ -215,19 +215,28 @@ def said(options: argparse.Namespace) -> str:
     return "".join(f" --{n.replace('_', '-')} {getattr(options, n)}" for n in own if getattr(options, n) != own[n])
 
 
-def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returned when the file was written; it is made once."""
+def cached(path: Path, trained: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned when the file was written; refused where the networks have been trained anew since."""
     if not path.exists():
-        write_text(path, json.dumps(make(), indent=1))
+        write_text(path, json.dumps(make() | {"of": trained}, indent=1))
     found: dict[str, Any] = read_json(path)
+    if found.pop("of", None) != trained:
+        raise SystemExit(f"{path} is of networks that were trained otherwise; delete it to measure those of now.")
     return found
 
 
 def curves(run: Run) -> dict[str, list[dict[str, float]]]:
-    """The learning curve of every stage that was trained."""
-    files = sorted(run.trainer.folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)
-    states = {file.stem: load_state(file) or {} for file in files}
-    return {name: Progress(**state["progress"]).curve for name, state in states.items() if "progress" in state}
+    """The learning curve of every stage that was trained, earlier tries that were put into another folder included."""
+    files = sorted(run.out.rglob("*.pt"), key=lambda file: (file.parent != run.trainer.folder, file.stat().st_mtime))
+    found: dict[str, list[dict[str, float]]] = {}
+    for file in files:
+        state = load_state(file) or {}
+        if not file.stem.startswith((*ARMS, "trial")) or "progress" not in state:
+            continue
+        curve = Progress(**state["progress"]).curve
+        if curve not in found.values():
+            found[file.stem if file.parent == run.trainer.folder else f"{file.parent.name}: {file.stem}"] = curve
+    return found
 
 
 def open_run(options: argparse.Namespace, settings: Settings) -> Run:
@@ -268,10 +277,11 @@ def main() -> None:
         network.eval().to(memory_format=torch.contiguous_format)
     if options.retime:
         (run.out / "latency.json").unlink(missing_ok=True)
-    content = {"settings": asdict(run.settings), "flops": options.flops, "curves": curves(run)}
+    content: dict[str, Any] = {"settings": asdict(run.settings), "flops": options.flops, "curves": curves(run)}
     content |= {"peer": read_json(run.out / "peer.json"), "options": said(options)}
-    content |= cached(run.out / "latency.json", lambda: measure_latency(run, networks))
-    content |= cached(run.out / "accuracy.json", lambda: measure_accuracy(run, networks))
+    trained = {name: content["curves"][name][-1] for name in ("peer_tune", "ours_tune", "control")}
+    content |= cached(run.out / "latency.json", trained, lambda: measure_latency(run, networks))
+    content |= cached(run.out / "accuracy.json", trained, lambda: measure_accuracy(run, networks))
     text = page(content)
     say(text)
     if options.write:

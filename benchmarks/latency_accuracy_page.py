@@ -103,9 +103,17 @@ def _method(content: dict[str, Any]) -> str:
         f"{peer['learned']}, multiples of {cut['round_to']}, {ranking}, "
         f"ratio {cut['ratio']} (widths {', '.join(map(str, peer['widths']))}). "
         f"On trial: {options}.",
-        f"dspfx: default gates and learner, pruned in one step to {ours}, lowered for ONNX Runtime.",
+        f"dspfx: gates of groups={settings['groups']}, {settings['strength']:g} times the learner's default strength, "
+        f"pruned in one step to {ours}, lowered for ONNX Runtime.{_tries(content['curves'])}",
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _tries(curves: dict[str, list[dict[str, float]]]) -> str:
+    """What was tried before and left: its stages carry the name of a folder."""
+    tries = {name: epochs for name, epochs in curves.items() if ": " in name and "tune" in name}
+    told = ", ".join(f"{name} {max(e['val_accuracy'] for e in epochs):.2%}" for name, epochs in tries.items())
+    return f" Earlier tries, left for what they reached on validation images: {told}." if told else ""
 
 
 def _curves(curves: dict[str, list[dict[str, float]]]) -> str:
