@@ -25,7 +25,7 @@ MARGIN = 0.03  # by which an entrant has to be faster than what is safer
 ROUNDS = 12  # at first; up to MAX_ROUNDS where the machine is too busy to tell
 MAX_ROUNDS = 48
 AGAIN = "dense once more"  # the reference against itself: what a difference of nothing looks like now
-NOISE = 0.03  # of that ratio from 1, beyond which nothing is decided
+NOISE = 0.03  # of that ratio from 1, beyond which twice as much is added to the margin
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Contest:
         winner: the name of the network that was chosen.
         results: of every network that ran; ratios are to the dense one.
         expected_ms: by name, of those that were predicted.
-        is_noisy: the machine was too busy to tell, and the safest network was kept.
+        is_noisy: the machine was too busy to tell small differences, and the margin was larger.
         notes: what was left out and why, in words.
         setting: what was measured, and on what.
     """
@@ -81,8 +81,8 @@ def compete(runtime: str, entrants: Iterable[Entrant], inputs: Inputs, threads: 
     """(the network that was chosen, how it came to that); the first entrant is the dense network, and is never slow.
 
     A network that the runtime rejects, or on which it computes something else, is left out with a note. Where the
-    dense network against itself does not come out equal, even after more rounds, the machine is too noisy to decide,
-    and the first network is kept.
+    dense network against itself does not come out equal, even after more rounds, the machine is too busy to tell
+    small differences, and the safer network is kept unless the difference is far larger than that.
 
     Raises:
         RuntimeBuildError, MismatchError: the runtime rejects every one of the networks; of the first.
@@ -108,34 +108,35 @@ def compete(runtime: str, entrants: Iterable[Entrant], inputs: Inputs, threads: 
             expected[entrant.name] = entrant.expected_ms
     if not networks:
         raise failures[0]
-    samples, is_noisy = _measure(built, inputs, first_device(next(iter(networks.values()))), threads)
-    results = compare({name: seconds for name, seconds in samples.items() if name != AGAIN})
-    winner = next(iter(networks)) if is_noisy else choose(samples)
-    if is_noisy:
+    samples = _measure(built, inputs, first_device(next(iter(networks.values()))), threads)
+    results = compare(samples)
+    noise = abs(results[AGAIN].ratio - 1)
+    margin = MARGIN + 2 * noise if noise > NOISE else MARGIN
+    winner = choose(samples, margin)
+    if noise > NOISE:
         notes.append(
-            f"this machine is too busy to decide: the dense network against itself came out at "
-            f"{compare(samples)[AGAIN].ratio:.2f}, so {winner} is kept; measure again when nothing else runs."
+            f"this machine is busy: the dense network against itself came out at {results[AGAIN].ratio:.2f}, so "
+            f"nothing was taken that is not {margin:.0%} faster than what is safer; measure again when nothing else runs."
         )
+    del results[AGAIN]
     setting = f"input {describe_shapes(inputs)}, {len(samples[winner])} rounds; " + describe_setting(
         runtime, first_device(networks[winner]), threads
     )
-    return networks[winner], Contest(winner, results, expected, is_noisy, tuple(notes), setting)
+    return networks[winner], Contest(winner, results, expected, noise > NOISE, tuple(notes), setting)
 
 
-def choose(samples: dict[str, list[float]]) -> str:
-    """The winner by each network's seconds, round by round: whoever beats the best before it by MARGIN."""
+def choose(samples: dict[str, list[float]], margin: float = MARGIN) -> str:
+    """The winner by each network's seconds, round by round: whoever beats the best before it by the margin."""
     names = [name for name in samples if name != AGAIN]
     best = names[0]
     for name in names[1:]:
-        if compare({best: samples[best], name: samples[name]})[name].ratio < 1 - MARGIN:
+        if compare({best: samples[best], name: samples[name]})[name].ratio < 1 - margin:
             best = name
     return best
 
 
-def _measure(
-    built: dict[str, nn.Module], inputs: Inputs, device: torch.device, threads: int
-) -> tuple[dict[str, list[float]], bool]:
-    """(seconds by name, whether they are too noisy to tell)."""
+def _measure(built: dict[str, nn.Module], inputs: Inputs, device: torch.device, threads: int) -> dict[str, list[float]]:
+    """Seconds by name, in more rounds where the machine is busy."""
     calls = {name: forward_pass(network, inputs, device) for name, network in built.items()}
     calls[AGAIN] = next(iter(calls.values()))
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -144,6 +145,6 @@ def _measure(
         while True:
             for name, seconds in interleave(calls, rounds).items():
                 samples[name] += seconds
-            is_noisy = abs(compare(samples)[AGAIN].ratio - 1) > NOISE
-            if not is_noisy or len(samples[AGAIN]) + rounds > MAX_ROUNDS:
-                return samples, is_noisy
+            is_quiet = abs(compare(samples)[AGAIN].ratio - 1) <= NOISE
+            if is_quiet or len(samples[AGAIN]) + rounds > MAX_ROUNDS:
+                return samples
