@@ -116,7 +116,8 @@ def compete(runtime: str, entrants: Iterable[Entrant], inputs: Inputs, threads: 
     if noise > NOISE:
         notes.append(
             f"this machine is busy: the dense network against itself came out at {results[AGAIN].ratio:.2f}, so "
-            f"nothing was taken that is not {margin:.0%} faster than what is safer; measure again when nothing else runs."
+            f"nothing was taken that is not {margin:.0%} faster than what is safer; measure again when nothing else "
+            f"runs."
         )
     del results[AGAIN]
     setting = f"input {describe_shapes(inputs)}, {len(samples[winner])} rounds; " + describe_setting(

@@ -134,7 +134,7 @@ def test_a_machine_that_stays_busy_takes_only_what_is_far_faster(clock: Clock, s
         "faster than what is safer; measure again when nothing else runs.",
     )
     assert contest.notes[0] in str(contest).splitlines()
-    assert contest.results["small"].ratio < small
+    assert contest.results["small"].ratio <= small
     assert AGAIN not in contest.results
     clock.calls.clear()
     with torch.inference_mode():
