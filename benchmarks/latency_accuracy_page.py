@@ -45,6 +45,8 @@ def page(content: dict[str, Any]) -> str:
 def _networks(content: dict[str, Any]) -> str:
     rows = []
     for name, label in LABELS.items():
+        if name not in content["test"]:
+            continue
         times = [
             f"{t['median_ms']:.2f} ms ({t['ratio']:.3f} ± {t['spread'] / 2:.3f})"
             for t in content["latency"][name].values()
@@ -57,7 +59,8 @@ def _networks(content: dict[str, Any]) -> str:
     return (
         f"{table}\n\nAccuracy on {content['images']:,} test images, read once at the end. In brackets the median ratio "
         f"to the dense network within a round, and half its interquartile range; all in one run: "
-        f"{content['setting'].partition(', ')[2]}. The control has the dense network's structure and is not timed."
+        f"{content['setting'].partition(', ')[2]}. "
+        "A control has the dense network's structure and is not timed."
     )
 
 
