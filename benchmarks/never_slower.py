@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +107,7 @@ def measure(parts: tuple[nn.Module, nn.Module, Callable[[int], Any]], runtime: s
     }
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(rows: list[dict[str, Any]], title: str, command: str) -> str:
     """The table in Markdown, and the worst of it."""
     timed = [row for row in rows if "to_dense" in row]
     worst = [row for row in timed if max(row["to_dense"], row["to_plain"]) > ALLOWED]
@@ -121,16 +124,19 @@ def page(rows: list[dict[str, Any]]) -> str:
     rejected = "; ".join(f"{row['network']} on {row['runtime']}" for row in rows if "error" in row)
     return "\n\n".join(
         [
-            "# Never slower",
+            f"# {title}",
             "Time of the lowered network (chosen by measuring) to that of the dense network and of plain removal of "
             "dead channels, in the same runtime, one thread, timed again after the choice. *spread* is the "
-            "interquartile range of the ratio to dense.",
-            f"{len(timed)} cases; {len(timed) - len(worst)} at most {ALLOWED} of the faster of the two"
+            "interquartile range of the ratio to dense, which is a median of paired ratios; *to plain* is a "
+            "ratio of medians of the same rounds.",
+            f"{len(timed)} cases of {len({row['network'] for row in timed})} networks; without --only the command goes "
+            f"on with the rest of {len(networks())}, and rows of earlier calls stay. "
+            f"{len(timed) - len(worst)} cases at most {ALLOWED} of the faster of the two"
             + (f". Above it: {beyond}." if worst else ".")
             + (f" Rejected by the runtime in every form, dense included: {rejected}." if rejected else ""),
             tabulate(table, headers, "github", disable_numparse=True),
             f"Measured on: {'; '.join(sorted({row['setting'] for row in timed}))}.",
-            "Made by\n\n    OMP_NUM_THREADS=1 python -m benchmarks.never_slower --write docs/results/never_slower.md\n",
+            f"Made by\n\n    OMP_NUM_THREADS=1 {command}\n",
         ]
     )
 
@@ -141,6 +147,7 @@ def main() -> None:
     parser.add_argument("--runtimes", default=",".join(RUNTIMES))
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--rows", type=Path, default=Path("docs/results/never_slower.jsonl"))
+    parser.add_argument("--title", default="Never slower", help="of the page")
     parser.add_argument("--write", type=Path, help="write the page to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -163,7 +170,10 @@ def main() -> None:
             with options.rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     if options.write:
-        options.write.write_text(page(rows))
+        preloaded = os.environ.get("LD_PRELOAD", "")  # benchmarks/avx2_only.c
+        prefix = f"LD_PRELOAD=./{Path(preloaded).name} " if preloaded else ""
+        command = f"{prefix}python -m benchmarks.never_slower {shlex.join(sys.argv[1:])}"
+        options.write.write_text(page(rows, options.title, command))
 
 
 if __name__ == "__main__":
