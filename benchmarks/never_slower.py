@@ -24,6 +24,11 @@ from tabulate import tabulate
 from torch import nn
 
 import dspfx
+from dspfx.config import Inputs
+from dspfx.deploy.benchmark import describe_setting, first_device, forward_pass
+from dspfx.deploy.quiet import torch_threads
+from dspfx.deploy.runtimes import build
+from dspfx.deploy.timing import compare, interleave
 from dspfx.errors import BudgetError, DspfxError
 from dspfx.estimate import random_energy
 from tests.compare import forced
@@ -32,6 +37,7 @@ from tests.nets.published import load_published
 from tests.zoo import ZOO
 
 ALLOWED = 1.03
+ROUNDS = 20
 BATCHES = (1, 8, 64)
 RUNTIMES = ("onnxruntime", "openvino", "eager")
 BIG = {
@@ -94,16 +100,20 @@ def measure(parts: tuple[nn.Module, nn.Module, Callable[[int], Any]], runtime: s
     small = dspfx.lower(gm, example, runtime)
     contest = small.meta["contest"]
     forms = {"dense": dense, "plain": forced(gm, "dense"), "lowered": small}
-    times = dspfx.benchmark(forms, example, runtime=runtime, rounds=20)
-    plain = times["lowered"].median_ms / times["plain"].median_ms
+    inputs, device = Inputs.of(example), first_device(dense)
+    built = {name: build(runtime, network, inputs) for name, network in forms.items()}
+    with torch_threads(1), torch.inference_mode():
+        samples = interleave({name: forward_pass(network, inputs, device) for name, network in built.items()}, ROUNDS)
+    to_dense = compare(samples)
+    to_plain = compare({name: samples[name] for name in ("plain", "lowered")})
     return {
-        "to_dense": round(times["lowered"].ratio, 4),
-        "to_plain": round(plain, 4),
-        "spread": round(times["lowered"].spread, 4),
-        "ms": round(times["dense"].median_ms, 4),
+        "to_dense": round(to_dense["lowered"].ratio, 4),
+        "to_plain": round(to_plain["lowered"].ratio, 4),
+        "spread": round(to_dense["lowered"].spread, 4),
+        "ms": round(to_dense["dense"].median_ms, 4),
         "form": contest.winner,
         "is_noisy": contest.is_noisy,
-        "setting": times.setting.partition(";")[2].strip(),
+        "setting": describe_setting(runtime, device, 1),
     }
 
 
@@ -127,8 +137,7 @@ def page(rows: list[dict[str, Any]], title: str, command: str) -> str:
             f"# {title}",
             "Time of the lowered network (chosen by measuring) to that of the dense network and of plain removal of "
             "dead channels, in the same runtime, one thread, timed again after the choice. *spread* is the "
-            "interquartile range of the ratio to dense, which is a median of paired ratios; *to plain* is a "
-            "ratio of medians of the same rounds.",
+            "interquartile range of the ratio to dense; both ratios are medians of paired ratios.",
             f"{len(timed)} cases of {len({row['network'] for row in timed})} networks; without --only the command goes "
             f"on with the rest of {len(networks())}, and rows of earlier calls stay. "
             f"{len(timed) - len(worst)} cases at most {ALLOWED} of the faster of the two"
