@@ -1,0 +1,337 @@
+"""Reads a graph in eval mode as a chain of layers that the native kernels run (dspfx/kernels/chain.py).
+
+conv1 (Conv2d) -> relu -> mean((2, 3)) -> fc (Linear)      ->      Chain(1, (Conv(relu), Mean, Flatten, Linear), ...)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dspfx.graph.aliases import is_read_later, overwrites
+from dspfx.graph.ops import IDENTITIES, IDENTITY_MODULES
+from dspfx.kernels.chain import (
+    Activation,
+    Cat,
+    Chain,
+    Conv,
+    Flatten,
+    Floats,
+    Layer,
+    Linear,
+    Map,
+    Mean,
+    Pair,
+    Pool,
+    Select,
+    reads,
+)
+
+ACTIVATIONS: dict[Any, Activation] = {
+    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
+    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
+}  # fmt: skip
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+LARGEST_LINEAR = 1 << 22  # weights; larger ones are read once for a batch by a library, and here once an image
+
+
+class Unsupported(Exception):
+    """The native kernels have no layer for a node."""
+
+
+class Reader:
+    """Collects the layers of nodes; `add` raises Unsupported, and leaves nothing behind, where there is none for it."""
+
+    def __init__(self, gm: nn.Module) -> None:
+        self.gm = gm
+        self.values: dict[fx.Node, int] = {}
+        self.layers: list[Layer] = []
+        self.count = 0
+
+    def new(self) -> int:
+        """A value's number."""
+        self.count += 1
+        return self.count - 1
+
+    def add(self, node: fx.Node) -> None:
+        """Appends the layers of a node whose inputs are known."""
+        if overwrites(self.gm, node) and is_read_later(self.gm, node):
+            raise Unsupported("it changes in place what is read later")
+        self.values[node] = _value(self, node)
+
+
+def chain_of(gm: fx.GraphModule) -> Chain:
+    """The chain of a graph of which every node is supported."""
+    reader = Reader(gm)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            reader.values[node] = reader.new()
+        elif node.op == "output":
+            found = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
+        else:
+            reader.add(node)
+    inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
+    return fused(Chain(inputs, tuple(reader.layers), tuple(reader.values[node] for node in found)))
+
+
+def is_supported(gm: nn.Module, node: fx.Node) -> bool:
+    """True where the native kernels have a layer for this node, whatever its inputs are."""
+    value = node.meta.get("val")
+    tensors = [n.meta.get("val") for n in node.all_input_nodes]
+    if not isinstance(value, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
+        return False
+    if any(x.dtype != torch.float32 or x.dim() not in (2, 4) for x in (value, *tensors)):
+        return False
+    reader = Reader(gm)
+    reader.values = {source: reader.new() for source in node.all_input_nodes}
+    try:
+        reader.add(node)
+    except Unsupported:
+        return False
+    return True
+
+
+def fused(chain: Chain) -> Chain:
+    """The same chain with additions and activations inside of the layers before them, where only they read these."""
+    uses: dict[int, int] = {}
+    for value in (*chain.outputs, *(v for layer in chain.layers for v in reads(layer))):
+        uses[value] = uses.get(value, 0) + 1
+    maker: dict[int, int] = {}
+    layers: list[Layer | None] = []
+
+    def inner(value: int) -> Any:
+        """The layer that makes a value nobody else reads, without an activation."""
+        layer = layers[maker[value]] if value in maker and uses[value] == 1 else None
+        return layer if isinstance(layer, (Conv, Map, Linear)) and layer.activation == "none" else None
+
+    def absorb(layer: Layer, value: int) -> Layer:
+        layers[maker.pop(value)] = None
+        return layer
+
+    for layer in chain.layers:
+        if isinstance(layer, Map) and layer.second is not None:
+            values = sorted({layer.x, layer.second}, key=lambda v: maker.get(v, -1))
+            for value in reversed(values if len(values) == 2 else ()):
+                before, other = inner(value), layer.x + layer.second - value
+                if isinstance(before, Conv) and before.residual is None:
+                    layer = absorb(replace(before, y=layer.y, residual=other, activation=layer.activation), value)
+                    break
+        if isinstance(layer, Map) and layer.second is None and _is_identity(layer) and (before := inner(layer.x)):
+            layer = absorb(replace(before, y=layer.y, activation=layer.activation), layer.x)
+        maker[layer.y] = len(layers)
+        layers.append(layer)
+    return replace(chain, layers=tuple(layer for layer in layers if layer is not None))
+
+
+def _is_identity(layer: Map) -> bool:
+    return bool((layer.scale == 1).all() and (layer.shift == 0).all())
+
+
+def _value(reader: Reader, node: fx.Node) -> int:
+    """The value that a node makes."""
+    module = reader.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    target: Any = type(module) if module is not None else node.target
+    if target in IDENTITY_MODULES or target in IDENTITIES:
+        return _input(reader, node)
+    if target in ACTIVATIONS:
+        return _map(reader, node, activation=ACTIVATIONS[target])
+    if target in ADDITIONS:
+        return _add(reader, node)
+    make = LAYERS.get(target)
+    if make is None:
+        raise Unsupported(f"no layer for {node.target}")
+    return make(reader, node, module)
+
+
+def _input(reader: Reader, node: fx.Node) -> int:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        raise Unsupported("its input is not its first argument")
+    return reader.values[source]
+
+
+def _append(reader: Reader, layer: Layer) -> int:
+    reader.layers.append(layer)
+    return layer.y
+
+
+def _channels(node: fx.Node) -> int:
+    return int(node.meta["val"].shape[1])
+
+
+def _map(reader: Reader, node: fx.Node, **options: Any) -> int:
+    channels = _channels(node) if node.meta["val"].dim() == 4 else 1  # features are one plane
+    ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+    return _append(reader, Map(_input(reader, node), reader.new(), ones, zeros, **options))
+
+
+def _add(reader: Reader, node: fx.Node) -> int:
+    sources = node.args
+    if len(sources) != 2 or node.kwargs or not all(isinstance(s, fx.Node) for s in sources):
+        raise Unsupported("an addition of something else than two tensors")
+    shapes = [s.meta["val"].shape for s in sources if isinstance(s, fx.Node)]
+    if shapes[0] != shapes[1]:
+        raise Unsupported("an addition that broadcasts")
+    return _map(reader, node, second=reader.values[sources[1]])  # type: ignore[index]
+
+
+def _conv(reader: Reader, node: fx.Node, module: Any) -> int:
+    if module.padding_mode != "zeros" or len(node.all_input_nodes) != 1:
+        raise Unsupported("a padding of something else than zeros")
+    padding = _padding(module)
+    bias = np.zeros(module.out_channels, np.float32) if module.bias is None else floats(module.bias)
+    options = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
+    return _append(reader, Conv(_input(reader, node), reader.new(), floats(module.weight), bias, **options))
+
+
+def _padding(module: nn.Conv2d) -> Pair:
+    if module.padding == "valid":
+        return 0, 0
+    if module.padding == "same":
+        spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(span % 2 for span in spans):
+            raise Unsupported("a padding that differs between the sides")
+        return spans[0] // 2, spans[1] // 2
+    return int(module.padding[0]), int(module.padding[1])
+
+
+def _norm(reader: Reader, node: fx.Node, module: Any) -> int:
+    if module.running_mean is None or node.meta["val"].dim() != 4:
+        raise Unsupported("statistics of the batch")
+    scale = (module.running_var.detach().double() + module.eps).rsqrt()
+    shift = -module.running_mean.detach().double() * scale
+    if module.weight is not None:
+        scale, shift = scale * module.weight.detach(), shift * module.weight.detach() + module.bias.detach()
+    return _append(reader, Map(_input(reader, node), reader.new(), floats(scale), floats(shift)))
+
+
+def _pool(reader: Reader, node: fx.Node, module: Any) -> int:
+    """Of the module, or of the functional call with the same arguments."""
+    is_max = module is not None and isinstance(module, nn.MaxPool2d) or node.target in (F.max_pool2d, torch.max_pool2d)
+    if module is None:
+        kind = nn.MaxPool2d if is_max else nn.AvgPool2d
+        if any(isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())):
+            raise Unsupported("sizes that are computed")
+        module = kind(*node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+    other = module.dilation not in (1, (1, 1)) or module.return_indices if is_max else module.divisor_override
+    if module.ceil_mode or other:
+        raise Unsupported("an unusual pooling")
+    kernel, stride, padding = (_pair(x) for x in (module.kernel_size, module.stride, module.padding))
+    counts = True if is_max else module.count_include_pad
+    return _append(reader, Pool(_input(reader, node), reader.new(), is_max, kernel, stride, padding, counts))
+
+
+def _pair(value: Any) -> Pair:
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _global_pool(reader: Reader, node: fx.Node, module: Any) -> int:
+    size = module.output_size if module is not None else node.args[1] if len(node.args) > 1 else None
+    if size not in (1, (1, 1), [1, 1]):
+        raise Unsupported("a pooling to several places")
+    return _append(reader, Mean(_input(reader, node), reader.new()))
+
+
+def _mean(reader: Reader, node: fx.Node, module: Any) -> int:
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    if not isinstance(axes, (tuple, list)) or sorted(a % 4 for a in axes if isinstance(a, int)) != [2, 3]:
+        raise Unsupported("a mean of something else than planes")
+    if set(node.kwargs) - {"dim", "keepdim"} or len(node.args) > 3:
+        raise Unsupported("a mean of another type")
+    mean = _append(reader, Mean(_input(reader, node), reader.new()))
+    return mean if keep else _append(reader, Flatten(mean, reader.new()))
+
+
+def _flatten(reader: Reader, node: fx.Node, module: Any) -> int:
+    """Whatever makes [N, C, H, W] to [N, C * H * W]."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    x, y = source.meta["val"].shape, node.meta["val"].shape
+    if len(x) != 4 or len(y) != 2 or x[0] != y[0] or x[0] * int(np.prod(x[1:])) != x[0] * y[1]:
+        raise Unsupported("another reshape")
+    return _append(reader, Flatten(_input(reader, node), reader.new()))
+
+
+def _linear(reader: Reader, node: fx.Node, module: Any) -> int:
+    if module.weight.numel() > LARGEST_LINEAR or node.meta["val"].dim() != 2:
+        raise Unsupported("a large linear layer")
+    bias = np.zeros(module.out_features, np.float32) if module.bias is None else floats(module.bias)
+    return _append(reader, Linear(_input(reader, node), reader.new(), floats(module.weight), bias))
+
+
+def _cat(reader: Reader, node: fx.Node, module: Any) -> int:
+    sources = node.args[0]
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    if not isinstance(sources, (tuple, list)) or axis not in (1, -3) or node.meta["val"].dim() != 4:
+        raise Unsupported("a concatenation of something else than channels")
+    return _append(reader, Cat(tuple(reader.values[s] for s in sources), reader.new()))  # type: ignore[index]
+
+
+def _select(reader: Reader, node: fx.Node, module: Any) -> int:
+    """x[:, a:b], or every so-many-th row and column: x[:, :, ::2, ::2]."""
+    index = node.args[1]
+    source = node.args[0]
+    if not isinstance(index, tuple) or not all(isinstance(i, slice) for i in index) or not isinstance(source, fx.Node):
+        raise Unsupported("another indexing")
+    bounds = [bound for i in index for bound in (i.start, i.stop, i.step)]
+    shape = source.meta["val"].shape
+    if any(isinstance(bound, fx.Node) for bound in bounds) or len(shape) != 4 or index[0] != slice(None):
+        raise Unsupported("another indexing")
+    value = _input(reader, node)
+    if len(index) > 1 and index[1] != slice(None):
+        value = _append(reader, Select(value, reader.new(), tuple(range(shape[1])[index[1]])))
+    steps = [i.step or 1 for i in index[2:]] + [1] * (4 - max(len(index), 2))
+    if any(i.start is not None or i.stop is not None for i in index[2:]):
+        raise Unsupported("a part of the plane")
+    if steps != [1, 1]:
+        value = _append(reader, Pool(value, reader.new(), True, (1, 1), (steps[0], steps[1]), (0, 0)))
+    return value
+
+
+def _pad(reader: Reader, node: fx.Node, module: Any) -> int:
+    """Channels of zeros: a convolution that reads nothing."""
+    sizes = node.args[1] if len(node.args) > 1 else None
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    fill = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0)
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 6 or any(sizes[:4]) or mode != "constant" or fill:
+        raise Unsupported("a padding of planes")
+    value, xs = _input(reader, node), []
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    for count in (sizes[4], 0, sizes[5]):
+        if len(xs) == (1 if sizes[4] else 0) and count == 0 and value not in xs:
+            xs.append(value)
+        elif count:
+            zeros = np.zeros((int(count), _channels(source), 1, 1), np.float32)  # type: ignore[arg-type]
+            xs.append(_append(reader, Conv(value, reader.new(), zeros, zeros[:, 0, 0, 0].copy())))
+    return _append(reader, Cat(tuple(xs), reader.new()))
+
+
+def floats(tensor: Tensor) -> Floats:
+    """A copy of a tensor's values."""
+    return np.array(tensor.detach().cpu().float().numpy(), dtype=np.float32)
+
+
+LayerOf: TypeAlias = Callable[[Reader, fx.Node, Any], int]
+LAYERS: dict[Any, LayerOf] = {
+    nn.Conv2d: _conv,
+    nn.BatchNorm2d: _norm,
+    nn.Linear: _linear,
+    **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d), _pool),
+    **dict.fromkeys((nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d), _global_pool),
+    **dict.fromkeys((torch.mean, "mean"), _mean),
+    **dict.fromkeys((nn.Flatten, torch.flatten, "flatten", "view", "reshape", torch.reshape), _flatten),
+    **dict.fromkeys((torch.cat, torch.concat), _cat),
+    operator.getitem: _select,
+    F.pad: _pad,
+}

@@ -1,0 +1,169 @@
+"""A chain of layers as the native kernels know it: values with numbers, and layers that make values of others.
+
+    Chain(inputs=1, layers=(Conv(x=0, y=1, ...), Mean(x=1, y=2), Flatten(x=2, y=3), Linear(x=3, y=4, ...)), outputs=(4,))
+
+A value is a feature map of one image, [C, H, W], or a vector of features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from dspfx.errors import InputError
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Pair = tuple[int, int]
+Shape = tuple[int, ...]
+Activation = Literal["none", "relu", "relu6", "hardswish", "silu"]
+ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "relu6", "hardswish", "silu")  # by their numbers in native.cpp
+
+
+@dataclass(frozen=True, eq=False)
+class Conv:
+    """activation(conv(x) + bias + residual); `weight` [O, C / groups, kh, kw], `bias` [O]."""
+
+    x: int
+    y: int
+    weight: Floats
+    bias: Floats
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    residual: int | None = None
+    activation: Activation = "none"
+
+    @property
+    def kernel(self) -> Pair:
+        return self.weight.shape[2], self.weight.shape[3]
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """activation(scale * x + shift + second), channel by channel; `scale` and `shift` [C], of features [1]."""
+
+    x: int
+    y: int
+    scale: Floats
+    shift: Floats
+    second: int | None = None
+    activation: Activation = "none"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The maximum or the mean of windows, as torch's max_pool2d and avg_pool2d."""
+
+    x: int
+    y: int
+    is_max: bool
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    counts_pad: bool = True
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of every channel: [C, 1, 1]."""
+
+    x: int
+    y: int
+
+
+@dataclass(frozen=True)
+class Cat:
+    """The channels of several values behind each other."""
+
+    xs: tuple[int, ...]
+    y: int
+
+
+@dataclass(frozen=True)
+class Select:
+    """Some channels, in some order."""
+
+    x: int
+    y: int
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """[C, H, W] -> [C * H * W]."""
+
+    x: int
+    y: int
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """activation(weight @ x + bias); `weight` [out, in], `bias` [out]."""
+
+    x: int
+    y: int
+    weight: Floats
+    bias: Floats
+    activation: Activation = "none"
+
+
+Layer = Conv | Map | Pool | Mean | Cat | Select | Flatten | Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Layers in an order in which they can run; values 0 .. inputs-1 are given, `outputs` are asked for."""
+
+    inputs: int
+    layers: tuple[Layer, ...]
+    outputs: tuple[int, ...]
+
+    def shapes(self, inputs: tuple[Shape, ...]) -> dict[int, Shape]:
+        """The shape of every value, of one image; InputError where a layer cannot have such an input."""
+        found = dict(enumerate(inputs))
+        for layer in self.layers:
+            found[layer.y] = _shape(layer, found)
+            if min(found[layer.y]) < 1:
+                raise InputError(
+                    f"a {type(layer).__name__} of this chain makes {found[layer.y]} of an image {inputs[0]}; give "
+                    f"larger images."
+                )
+        return found
+
+
+def reads(layer: Layer) -> tuple[int, ...]:
+    """The values that a layer reads."""
+    if isinstance(layer, Cat):
+        return layer.xs
+    other = layer.residual if isinstance(layer, Conv) else layer.second if isinstance(layer, Map) else None
+    return (layer.x,) if other is None else (layer.x, other)
+
+
+def _shape(layer: Layer, known: dict[int, Shape]) -> Shape:
+    if isinstance(layer, Cat):
+        return (sum(known[x][0] for x in layer.xs), *known[layer.xs[0]][1:])
+    x = known[layer.x]
+    if isinstance(layer, Conv):
+        if x[0] != layer.weight.shape[1] * layer.groups:
+            raise InputError(
+                f"a convolution of this chain reads {layer.weight.shape[1] * layer.groups} channels and gets {x[0]}."
+            )
+        sizes = zip(x[1:], layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
+        return (layer.weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes))
+    if isinstance(layer, Pool):
+        pooled = zip(x[1:], layer.kernel, layer.stride, layer.padding, strict=True)
+        return (x[0], *((n + 2 * p - k) // s + 1 for n, k, s, p in pooled))
+    if isinstance(layer, Mean):
+        return (x[0], 1, 1)
+    if isinstance(layer, Select):
+        return (len(layer.channels), *x[1:])
+    if isinstance(layer, Flatten):
+        return (int(np.prod(x)),)
+    if isinstance(layer, Linear):
+        if x != (layer.weight.shape[1],):
+            raise InputError(f"a linear layer of this chain reads {layer.weight.shape[1]} features and gets {x}.")
+        return (layer.weight.shape[0],)
+    return x

@@ -1,0 +1,500 @@
+// Runs a program of layers on planes of floats, one image after another: what dspfx/kernels/program.py writes.
+//
+// A plane is one channel of one image: rows of `pitch` floats, the pixels first and zeros behind them, which are the
+// right border of one row and the left border of the next. A convolution of stride 1 is then the same sum at every
+// position p of a plane, borders included,
+//
+//     out[p] = sum over k of weight[k] * in[offset[k] + p],
+//
+// in which an offset is a channel's plane and a shift inside it. So a filter's input channels are a list of offsets,
+// whatever its kernel, dilation, or group, and nothing is gathered or scattered. Strides are dealt with before, by
+// copies that split a plane into its phases. Sums at positions behind a row's pixels mean nothing and are replaced by
+// zeros through a mask.
+//
+// No header of torch or Python: a C ABI, called with raw pointers.
+
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#else
+constexpr int LANES = 4, REGISTERS = sizeof(void*) == 8 ? 16 : 8;
+#endif
+
+constexpr int MAX_FILTERS = REGISTERS == 32 ? 12 : 6;  // of a tile
+constexpr int MAX_VECTORS = 8;
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t mask_t __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+namespace {
+
+// Vectors of positions that a tile of F filters computes at once: accumulators, inputs and one weight stay in registers.
+constexpr int vectors_of(int filters) {
+    int fit = (REGISTERS - 1) / (filters + 1);
+    return fit < 1 ? 1 : fit > MAX_VECTORS ? MAX_VECTORS : fit;
+}
+
+enum Op : int32_t { CONV = 1, COPY = 2, MAP = 3, POOL = 4, MEAN = 5, LINEAR = 6 };
+enum Activation : int32_t { NONE = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SILU = 4 };
+enum Space : int32_t { WORK = 0, INPUT = 1, OUTPUT = 2 };  // INPUT + 2 i and OUTPUT + 2 i for the i-th
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+
+inline vec splat(float x) { return x - vec{}; }  // x + 0 would have to make +0 of -0
+
+inline vec activate(vec y, int32_t kind) {  // NaN stays NaN
+    const vec zero = {}, six = splat(6.0f);
+    if (kind == RELU) return y < zero ? zero : y;
+    if (kind == RELU6) {
+        y = y < zero ? zero : y;
+        return y > six ? six : y;
+    }
+    if (kind == HARDSWISH) {
+        vec gate = y + 3.0f;
+        gate = gate < zero ? zero : gate;
+        gate = gate > six ? six : gate;
+        return y * gate / 6.0f;
+    }
+    if (kind == SILU)
+        for (int i = 0; i < LANES; i++) y[i] = y[i] / (1.0f + std::exp(-y[i]));
+    return y;
+}
+
+inline void store(float* out, vec y, const int32_t* mask) {
+    *reinterpret_cast<mask_t*>(out) = reinterpret_cast<mask_t>(y) & *reinterpret_cast<const mask_t*>(mask);
+}
+
+struct Context {
+    const int32_t* program;       // steps and what they refer to by place
+    const int32_t* first;         // step
+    const float* weights;
+    float* work;
+    const float* const* inputs;
+    float* const* outputs;
+    const int64_t* input_sizes;   // floats of one image
+    const int64_t* output_sizes;
+    int64_t image;
+
+    float* at(int32_t space, int32_t offset) const {
+        if (space == WORK) return work + offset;
+        const int32_t i = (space - 1) / 2;
+        if ((space - 1) % 2 == 0) return const_cast<float*>(inputs[i]) + image * input_sizes[i] + offset;
+        return outputs[i] + image * output_sizes[i] + offset;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------- convolution
+
+struct ConvStep {
+    int32_t op, size, positions, block, activation, mask, has_residual, tiles;  // then the place of each tile
+};
+
+struct ConvTile {
+    int32_t filters, terms, offsets, weights, bias;  // then planes of the outputs, then of the residuals
+
+    const int32_t* outputs() const { return &bias + 1; }
+    const int32_t* residuals() const { return outputs() + filters; }
+};
+
+typedef void (*TileKernel)(const Context&, const ConvStep&, const ConvTile&, int64_t);
+
+// Residual, activation and mask. Those of nearly every network stay in registers.
+template <int F, int V, bool ADDS, bool CLIPS>
+inline __attribute__((always_inline)) void finish(const Context& c, const ConvStep& step, const ConvTile& tile,
+                                                  int64_t position, const vec (&sum)[F][V]) {
+    const int32_t *mask = c.program + step.mask + position, *to = tile.outputs(), *add = tile.residuals();
+#pragma GCC unroll 16
+    for (int f = 0; f < F; f++) {
+        float* out = c.work + position + to[f];
+        const float* residual = c.work + position + (ADDS ? add[f] : 0);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) {
+            vec y = sum[f][v];
+            if (ADDS) y += load(residual + v * LANES);
+            store(out + v * LANES, CLIPS ? activate(y, RELU) : y, mask + v * LANES);
+        }
+    }
+}
+
+__attribute__((noinline)) void finish_any(const Context& c, const ConvStep& step, const ConvTile& tile,
+                                          int64_t position, const vec* sum, int vectors) {
+    for (int f = 0; f < tile.filters; f++)
+        for (int v = 0; v < vectors; v++) {
+            const int64_t place = position + v * LANES;
+            vec y = sum[f * vectors + v];
+            if (step.has_residual) y += load(c.work + place + tile.residuals()[f]);
+            store(c.work + place + tile.outputs()[f], activate(y, step.activation), c.program + step.mask + place);
+        }
+}
+
+template <int F, int V>
+void conv_tile(const Context& c, const ConvStep& step, const ConvTile& tile, int64_t position) {
+    vec sum[F][V];
+    const float* bias = c.weights + tile.bias;
+#pragma GCC unroll 16
+    for (int f = 0; f < F; f++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) sum[f][v] = splat(bias[f]);
+    const int32_t* offset = c.program + tile.offsets;
+    const float* weight = c.weights + tile.weights;
+    const float* base = c.work + position;
+    for (int32_t k = 0; k < tile.terms; k++, weight += F) {
+        const float* from = base + offset[k];
+        vec x[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
+#pragma GCC unroll 16
+        for (int f = 0; f < F; f++) {
+            const vec w = splat(weight[f]);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++) sum[f][v] += x[v] * w;
+        }
+    }
+    if (step.activation == NONE && !step.has_residual) finish<F, V, false, false>(c, step, tile, position, sum);
+    else if (step.activation == NONE) finish<F, V, true, false>(c, step, tile, position, sum);
+    else if (step.activation == RELU && !step.has_residual) finish<F, V, false, true>(c, step, tile, position, sum);
+    else if (step.activation == RELU) finish<F, V, true, true>(c, step, tile, position, sum);
+    else finish_any(c, step, tile, position, &sum[0][0], V);
+}
+
+template <int F, int V>
+constexpr TileKernel kernel_of() {
+    if constexpr (V <= vectors_of(F)) return conv_tile<F, V>;
+    return nullptr;
+}
+
+#define ROW(F) \
+    { kernel_of<F, 1>(), kernel_of<F, 2>(), kernel_of<F, 3>(), kernel_of<F, 4>(), \
+      kernel_of<F, 5>(), kernel_of<F, 6>(), kernel_of<F, 7>(), kernel_of<F, 8>() }
+const TileKernel KERNELS[][MAX_VECTORS] = {
+    ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6),
+#if defined(__AVX512F__)
+    ROW(7), ROW(8), ROW(9), ROW(10), ROW(11), ROW(12),
+#endif
+};
+#undef ROW
+
+void conv_item(const Context& c, const ConvStep& step, const ConvTile& tile, int64_t start, int64_t stop) {
+    const int64_t vectors = (stop - start + LANES - 1) / LANES, most = vectors_of(tile.filters);
+    const int64_t calls = (vectors + most - 1) / most;
+    for (int64_t i = 0, done = 0; i < calls; i++) {  // of nearly equal size: a last call of one vector would be slow
+        const int64_t now = (vectors - done + calls - i - 1) / (calls - i);
+        KERNELS[tile.filters - 1][now - 1](c, step, tile, start + done * LANES);
+        done += now;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- everything else
+
+struct CopyStep {  // rows of one plane to rows of another, columns `step` apart
+    int32_t op, size, source, target, rows, columns, row_step, column_step, pitch, count;  // then pairs of planes
+};
+
+void copy_item(const Context& c, const CopyStep& s, int64_t i) {
+    const int32_t* planes = &s.count + 1 + 2 * i;
+    const float* from = c.at(s.source, planes[0]);
+    float* to = c.at(s.target, planes[1]);
+    for (int32_t y = 0; y < s.rows; y++, from += s.row_step, to += s.pitch) {
+        if (s.column_step == 1)
+            std::memcpy(to, from, sizeof(float) * s.columns);
+        else if (s.column_step == 2)
+            for (int32_t x = 0; x < s.columns; x++) to[x] = from[2 * x];
+        else
+            for (int32_t x = 0; x < s.columns; x++) to[x] = from[(int64_t)s.column_step * x];
+    }
+}
+
+struct MapStep {  // activation(scale * a + shift + b), plane by plane
+    int32_t op, size, positions, activation, mask, has_second, count;  // then a, b, out, the place of (scale, shift)
+};
+
+void map_item(const Context& c, const MapStep& s, int64_t i) {
+    const int32_t* p = &s.count + 1 + 4 * i;
+    const float *a = c.work + p[0], *b = c.work + p[1], scale = c.weights[p[3]], shift = c.weights[p[3] + 1];
+    float* out = c.work + p[2];
+    const int32_t* mask = c.program + s.mask;
+    for (int32_t x = 0; x < s.positions; x += LANES) {
+        vec y = load(a + x) * scale + shift;
+        if (s.has_second) y += load(b + x);
+        store(out + x, activate(y, s.activation), mask + x);
+    }
+}
+
+struct PoolStep {  // the largest, or the mean, of a window
+    int32_t op, size, is_max, rows, columns, pitch, out_rows, out_columns, out_pitch, kernel_y, kernel_x, stride_y,
+        stride_x, pad_y, pad_x, counts_pad, scratch, count;  // then pairs of planes
+};
+
+inline int32_t most(int32_t a, int32_t b) { return a > b ? a : b; }
+inline int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+
+void pool_item(const Context& c, const PoolStep& s, int64_t i) {
+    const int32_t* planes = &s.count + 1 + 2 * i;
+    const float* in = c.work + planes[0];
+    float* row = c.work + s.scratch + i * (s.columns + LANES);
+    for (int32_t y = 0; y < s.out_rows; y++) {
+        const int32_t top = y * s.stride_y - s.pad_y;
+        const int32_t first = most(top, 0), last = least(top + s.kernel_y, s.rows);
+        std::memcpy(row, in + (int64_t)first * s.pitch, sizeof(float) * s.columns);
+        for (int32_t r = first + 1; r < last; r++) {
+            const float* from = in + (int64_t)r * s.pitch;
+            for (int32_t x = 0; x < s.columns; x++) {
+                const float v = from[x];
+                row[x] = s.is_max ? (row[x] > v || row[x] != row[x] ? row[x] : v) : row[x] + v;
+            }
+        }
+        const int32_t high = least(top + s.kernel_y, s.rows + s.pad_y) - top;
+        float* out = c.work + planes[1] + (int64_t)y * s.out_pitch;
+        for (int32_t x = 0; x < s.out_columns; x++) {
+            const int32_t left = x * s.stride_x - s.pad_x;
+            const int32_t begin = most(left, 0), end = least(left + s.kernel_x, s.columns);
+            float found = row[begin];
+            for (int32_t k = begin + 1; k < end; k++)
+                found = s.is_max ? (found > row[k] || found != found ? found : row[k]) : found + row[k];
+            const int32_t wide = least(left + s.kernel_x, s.columns + s.pad_x) - left;
+            const int32_t count = s.counts_pad ? high * wide : (last - first) * (end - begin);
+            out[x] = s.is_max ? found : found / count;
+        }
+    }
+}
+
+struct MeanStep {  // of whole planes, into one float each
+    int32_t op, size, positions, pixels, count;  // then pairs of a plane and a place
+};
+
+void mean_item(const Context& c, const MeanStep& s, int64_t i) {
+    const int32_t* p = &s.count + 1 + 2 * i;
+    const float* in = c.work + p[0];
+    float sum = 0;
+    int32_t x = 0;
+    vec sums = {};
+    for (; x + LANES <= s.positions; x += LANES) sums += load(in + x);  // what stands behind a row is zero
+    for (int l = 0; l < LANES; l++) sum += sums[l];
+    for (; x < s.positions; x++) sum += in[x];
+    c.work[p[1]] = sum / s.pixels;
+}
+
+struct LinearStep {
+    int32_t op, size, features, filters, source, weights, bias, activation, target;
+};
+
+void linear_item(const Context& c, const LinearStep& s, int64_t o) {
+    const float *x = c.work + s.source, *w = c.weights + s.weights + o * s.features;
+    vec sums[4] = {};
+    int32_t i = 0;
+    for (; i + 4 * LANES <= s.features; i += 4 * LANES)
+        for (int v = 0; v < 4; v++) sums[v] += load(x + i + v * LANES) * load(w + i + v * LANES);
+    for (; i + LANES <= s.features; i += LANES) sums[0] += load(x + i) * load(w + i);
+    const vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    float sum = 0;
+    for (int l = 0; l < LANES; l++) sum += all[l];
+    for (; i < s.features; i++) sum += x[i] * w[i];
+    c.work[s.target + o] = activate(splat(sum + c.weights[s.bias + o]), s.activation)[0];
+}
+
+// ------------------------------------------------------------------------------------------------ items and threads
+
+int64_t block_of(const ConvStep& s, int threads) {  // positions of an item; enough items for all threads
+    int64_t block = s.block;
+    while (threads > 1 && block > 8 * LANES && ((s.positions + block - 1) / block) * s.tiles < 4 * threads)
+        block = (block / 2 + LANES - 1) / LANES * LANES;
+    return block;
+}
+
+int64_t items_of(const int32_t* step, int threads) {
+    switch (step[0]) {
+        case CONV: {
+            const ConvStep& s = *reinterpret_cast<const ConvStep*>(step);
+            const int64_t block = block_of(s, threads);
+            return (s.positions + block - 1) / block * s.tiles;
+        }
+        case COPY: return reinterpret_cast<const CopyStep*>(step)->count;
+        case MAP: return reinterpret_cast<const MapStep*>(step)->count;
+        case POOL: return reinterpret_cast<const PoolStep*>(step)->count;
+        case MEAN: return reinterpret_cast<const MeanStep*>(step)->count;
+        default: return reinterpret_cast<const LinearStep*>(step)->filters;
+    }
+}
+
+void run_items(const Context& c, const int32_t* step, int threads, int64_t first, int64_t last) {
+    switch (step[0]) {
+        case CONV: {
+            const ConvStep& s = *reinterpret_cast<const ConvStep*>(step);
+            const int64_t block = block_of(s, threads);
+            const int32_t* places = &s.tiles + 1;
+            for (int64_t i = first; i < last; i++) {
+                const int64_t start = i / s.tiles * block;
+                const ConvTile& tile = *reinterpret_cast<const ConvTile*>(c.program + places[i % s.tiles]);
+                conv_item(c, s, tile, start, start + block < s.positions ? start + block : s.positions);
+            }
+            break;
+        }
+        case COPY:
+            for (int64_t i = first; i < last; i++) copy_item(c, *reinterpret_cast<const CopyStep*>(step), i);
+            break;
+        case MAP:
+            for (int64_t i = first; i < last; i++) map_item(c, *reinterpret_cast<const MapStep*>(step), i);
+            break;
+        case POOL:
+            for (int64_t i = first; i < last; i++) pool_item(c, *reinterpret_cast<const PoolStep*>(step), i);
+            break;
+        case MEAN:
+            for (int64_t i = first; i < last; i++) mean_item(c, *reinterpret_cast<const MeanStep*>(step), i);
+            break;
+        default:
+            for (int64_t i = first; i < last; i++) linear_item(c, *reinterpret_cast<const LinearStep*>(step), i);
+    }
+}
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// All threads walk through the program together. A step's items are taken from a counter; behind each step they wait
+// for each other.
+struct Job {
+    Context context;
+    int64_t images;
+    int threads;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> arrived{0};
+    std::atomic<int64_t> round{0};
+
+    void wait() {
+        const int64_t now = round.load();
+        if (arrived.fetch_add(1) + 1 == threads) {
+            arrived = 0;
+            next = 0;
+            round = now + 1;
+            return;
+        }
+        for (int spins = 0; round.load() == now; spins++)
+            if (spins < 1 << 14) pause();
+            else std::this_thread::yield();
+    }
+
+    void work() {
+        Context c = context;
+        for (c.image = 0; c.image < images; c.image++)
+            for (const int32_t* step = c.first; step[0]; step += step[1]) {
+                const int64_t items = items_of(step, threads);
+                if (threads == 1) {
+                    run_items(c, step, 1, 0, items);
+                    continue;
+                }
+                const int64_t share = items / (8 * threads) + 1;
+                for (int64_t i = next.fetch_add(share); i < items; i = next.fetch_add(share))
+                    run_items(c, step, threads, i, i + share < items ? i + share : items);
+                wait();
+            }
+    }
+};
+
+// Threads that stay between calls, since starting one takes longer than a small network.
+class Team {
+  public:
+    explicit Team(int helpers) {
+        for (int i = 0; i < helpers; i++) threads_.emplace_back([this] { loop(); });
+    }
+
+    void run(Job& job) {
+        {
+            std::lock_guard<std::mutex> hold(mutex_);
+            job_ = &job;
+            left_ = (int)threads_.size();
+            serial_++;
+        }
+        start_.notify_all();
+        job.work();
+        std::unique_lock<std::mutex> hold(mutex_);
+        done_.wait(hold, [this] { return left_ == 0; });
+    }
+
+  private:
+    void loop() {
+        for (int64_t seen = 0;;) {
+            Job* job;
+            {
+                std::unique_lock<std::mutex> hold(mutex_);
+                start_.wait(hold, [&] { return serial_ != seen; });
+                seen = serial_;
+                job = job_;
+            }
+            job->work();
+            {
+                std::lock_guard<std::mutex> hold(mutex_);
+                left_--;
+            }
+            done_.notify_one();
+        }
+    }
+
+    std::vector<std::thread> threads_;
+    std::mutex mutex_;
+    std::condition_variable start_, done_;
+    Job* job_ = nullptr;
+    int left_ = 0;
+    int64_t serial_ = 0;
+};
+
+// A team a number of threads, never freed: its threads may outlive the interpreter. A forked child has none of them.
+Team& team_of(int helpers) {
+    static std::mutex mutex;
+    static std::vector<std::pair<int, Team*>> teams;
+    static int64_t owner = 0;
+#if defined(__unix__) || defined(__APPLE__)
+    const int64_t self = getpid();
+#else
+    const int64_t self = 0;
+#endif
+    std::lock_guard<std::mutex> hold(mutex);
+    if (owner != self) teams.clear(), owner = self;
+    for (auto& [size, team] : teams)
+        if (size == helpers) return *team;
+    teams.emplace_back(helpers, new Team(helpers));
+    return *teams.back().second;
+}
+
+std::mutex& turn() {  // one call with several threads at a time
+    static std::mutex mutex;
+    return mutex;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t dspfx_lanes() { return LANES; }
+
+int32_t dspfx_max_filters() { return MAX_FILTERS; }
+
+void dspfx_run(const int32_t* program, int64_t first, const float* weights, float* work, const float* const* inputs,
+               float* const* outputs, const int64_t* input_sizes, const int64_t* output_sizes, int64_t images,
+               int32_t threads) {
+    Job job;
+    job.context = {program, program + first, weights, work, inputs, outputs, input_sizes, output_sizes, 0};
+    job.images = images;
+    job.threads = threads;
+    if (threads == 1) return job.work();
+    std::lock_guard<std::mutex> hold(turn());
+    team_of(threads - 1).run(job);
+}
+}

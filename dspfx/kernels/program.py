@@ -1,0 +1,344 @@
+"""A chain as the program that native.cpp runs: one int32 array, and one array of weights.
+
+    program [places of tiles, offsets and masks | steps | 0 0]      weights [tiles, biases, scales, linear layers]
+
+The steps are structs of native.cpp, in whose order their fields are written here. Everything is checked before: what a
+program refers to lies in its workspace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dspfx.kernels.chain import (
+    ACTIVATIONS,
+    Cat,
+    Chain,
+    Conv,
+    Flatten,
+    Floats,
+    Layer,
+    Linear,
+    Map,
+    Mean,
+    Pool,
+    Select,
+    Shape,
+    reads,
+)
+from dspfx.kernels.planes import Geometries, Workspace
+from dspfx.kernels.tiles import Tile, tiles_of
+
+CONV, COPY, MAP, POOL, MEAN, LINEAR = range(1, 7)
+WORK, INPUT, OUTPUT = 0, 1, 2  # spaces; those of the i-th input and output are 2 i more
+CACHED = 1 << 17  # floats of input that the positions of one block read: half of a common second-level cache
+SMALLEST_BLOCK = 128  # positions
+
+
+class Phase(NamedTuple):
+    """Every stride-th row and column of a value, from (row, column) on: another value."""
+
+    x: int
+    y: int
+    stride: tuple[int, int]
+    row: int
+    column: int
+
+
+class Tap(NamedTuple):
+    """What an element of a kernel reads: a value, shifted."""
+
+    value: int
+    dy: int
+    dx: int
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What native.cpp runs, for images of one size: `steps` from `first` on; its floats of workspace start as zeros."""
+
+    steps: np.ndarray[Any, np.dtype[np.int32]]
+    first: int
+    floats: int
+    outputs: tuple[Shape, ...]
+
+
+class Packed:
+    """The weights of a chain as the tiles want them, the same for all sizes of images."""
+
+    def __init__(self, chain: Chain, most_filters: int) -> None:
+        self.parts: list[Floats] = []
+        self.floats = 0
+        self.tiles: dict[Layer, list[tuple[Tile, int, int]]] = {}  # with the places of the weights and of the biases
+        self.places: dict[Layer, tuple[int, ...]] = {}
+        for layer in chain.layers:
+            if isinstance(layer, Conv):
+                self.tiles[layer] = [self._pack(layer, tile) for tile in _conv_tiles(layer, most_filters)]
+            elif isinstance(layer, Map):
+                pairs = np.stack([layer.scale, layer.shift], 1)
+                start = self._add(pairs)
+                self.places[layer] = tuple(start + 2 * i for i in range(len(pairs)))
+            elif isinstance(layer, Linear):
+                self.places[layer] = (self._add(layer.weight), self._add(layer.bias))
+        self.array: Floats = np.concatenate([*self.parts, np.zeros(1, np.float32)])
+        self.parts = []
+
+    def _pack(self, layer: Conv, tile: Tile) -> tuple[Tile, int, int]:
+        filters, channels = np.array(tile.filters), np.array(tile.channels, dtype=np.int64)
+        local = channels - filters[0] // (len(layer.weight) // layer.groups) * layer.weight.shape[1]
+        block = layer.weight[filters[:, None], local[None]]  # [F, K, kh, kw]
+        return tile, self._add(block.reshape(len(filters), -1).T), self._add(layer.bias[filters])
+
+    def _add(self, array: Floats) -> int:
+        place = self.floats
+        self.parts.append(np.ascontiguousarray(array, dtype=np.float32).reshape(-1))
+        self.floats += self.parts[-1].size
+        return place
+
+
+def _conv_tiles(layer: Conv, most: int) -> list[Tile]:
+    """Of every group of the layer itself, with the channels of the whole input."""
+    filters, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
+    tiles = []
+    for g in range(layer.groups):
+        pairs = (layer.weight[g * filters : (g + 1) * filters] != 0).any((2, 3))
+        for tile in tiles_of(pairs, most):
+            moved = tuple(o + g * filters for o in tile.filters), tuple(c + g * channels for c in tile.channels)
+            tiles.append(Tile(*moved))
+    return tiles
+
+
+class Builder:
+    """Writes the program of a chain for inputs of given shapes (of one image)."""
+
+    def __init__(self, chain: Chain, packed: Packed, inputs: tuple[Shape, ...], lanes: int) -> None:
+        self.chain, self.packed, self.lanes = chain, packed, lanes
+        self.shapes = chain.shapes(inputs)
+        self.taps: dict[Layer, list[Tap]] = {}
+        self.empty: set[int] = set()
+        self.layers = self._with_phases()
+        self.geometries = self._geometries()
+        self.work = Workspace(lanes)
+        self.planes: dict[int, list[int]] = {}
+        self.data: list[np.ndarray[Any, Any]] = []
+        self.length = 0
+        self.masks: dict[tuple[int, ...], int] = {}
+        self.steps: list[int] = []
+
+    def build(self) -> Program:
+        """The program."""
+        last: dict[int, int] = {}  # where a plane is read last, by value
+        for index, layer in enumerate(self.layers):
+            for value in self._sources(layer):
+                last[value] = index
+        last |= dict.fromkeys(self.chain.outputs, len(self.layers))
+        held: dict[int, int] = {}  # how many values a plane is part of
+        for value in range(self.chain.inputs):
+            self._take(value, held)
+            self._input(value)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, Cat):
+                self._share(layer.y, [p for x in layer.xs for p in self.planes[x]], held)
+            elif isinstance(layer, Select):
+                self._share(layer.y, [self.planes[layer.x][c] for c in layer.channels], held)
+            else:
+                self._take(layer.y, held)
+                self._write(layer)
+            for value in {layer.y, *self._sources(layer)}:
+                if last.get(value, index) <= index:
+                    self._drop(value, held)
+        for place, value in enumerate(self.chain.outputs):
+            self._output(place, value)
+        first = self.length
+        steps = np.concatenate([*self.data, np.array([*self.steps, 0, 0], np.int32)]).astype(np.int32)
+        floats = self.work.floats + 64 * self.lanes
+        return Program(steps, first, floats, tuple(self.shapes[value] for value in self.chain.outputs))
+
+    def _sources(self, layer: Layer | Phase) -> set[int]:
+        if isinstance(layer, Phase):
+            return {layer.x}
+        if isinstance(layer, Conv):
+            return {tap.value for tap in self.taps[layer]} | (set() if layer.residual is None else {layer.residual})
+        return set(reads(layer))
+
+    def _with_phases(self) -> list[Layer | Phase]:
+        """The layers, with the phases before the strided convolutions that read them."""
+        found: list[Layer | Phase] = []
+        known: dict[Any, int] = {}
+        for layer in self.chain.layers:
+            if isinstance(layer, Conv):
+                self.taps[layer] = taps = []
+                for ky in range(layer.kernel[0]):
+                    for kx in range(layer.kernel[1]):
+                        (dy, row), (dx, column) = (
+                            divmod(k * d - p, s)
+                            for k, d, p, s in zip((ky, kx), layer.dilation, layer.padding, layer.stride, strict=True)
+                        )
+                        key = (layer.x, layer.stride, row, column)
+                        if layer.stride == (1, 1):
+                            known[key] = layer.x
+                        if key not in known:
+                            phase = self._phase(*key)
+                            known[key] = phase.y
+                            found.append(phase)
+                        taps.append(Tap(known[key], dy, dx))
+            found.append(layer)
+        return found
+
+    def _phase(self, x: int, stride: tuple[int, int], row: int, column: int) -> Phase:
+        """A new value; of an image that has no such row or column, one of a zero that is never written."""
+        channels, rows, columns = self.shapes[x]
+        y = max(self.shapes) + 1
+        sizes = -(-(rows - row) // stride[0]), -(-(columns - column) // stride[1])
+        if min(sizes) < 1:
+            self.empty.add(y)
+        self.shapes[y] = (channels, max(sizes[0], 1), max(sizes[1], 1))
+        return Phase(x, y, stride, row, column)
+
+    def _geometries(self) -> Geometries:
+        found = Geometries(self.shapes)
+        for layer in self.layers:
+            for value in self._sources(layer) if isinstance(layer, (Conv, Map, Cat, Select)) else ():
+                if len(self.shapes[value]) == 3:
+                    found.tie(layer.y, value)
+        for layer, taps in self.taps.items():
+            _, rows, columns = self.shapes[layer.y]
+            for tap in taps:
+                geometry, (_, height, width) = found.of(tap.value), self.shapes[tap.value]
+                geometry.top, geometry.left = max(geometry.top, -tap.dy), max(geometry.left, -tap.dx)
+                geometry.bottom = max(geometry.bottom, rows + tap.dy - height)
+                geometry.right = max(geometry.right, columns + tap.dx - width)
+        return found
+
+    def _take(self, value: int, held: dict[int, int]) -> None:
+        shape = self.shapes[value]
+        if len(shape) == 3:
+            planes = self.work.planes(self.geometries.of(value), shape, fresh=value in self.empty)
+            self._share(value, planes, held)
+        else:
+            self.planes[value] = [self.work.take(shape[0] + self.lanes)]
+
+    def _share(self, value: int, planes: list[int], held: dict[int, int]) -> None:
+        self.planes[value] = planes
+        for plane in planes:
+            held[plane] = held.get(plane, 0) + 1
+
+    def _drop(self, value: int, held: dict[int, int]) -> None:
+        if len(self.shapes[value]) < 3 or value in self.empty:
+            return
+        for plane in self.planes.pop(value):
+            held[plane] -= 1
+            if held[plane] == 0:
+                self.work.release(self.geometries.of(value), self.shapes[value], [plane])
+
+    def _step(self, op: int, *fields: int) -> None:
+        self.steps += [op, len(fields) + 2, *fields]
+
+    def _datum(self, values: Any) -> int:
+        """The place of an array in the program."""
+        array, place = np.asarray(values, dtype=np.int32).reshape(-1), self.length
+        self.data.append(array)
+        self.length += array.size
+        return place
+
+    def _positions(self, value: int) -> tuple[int, int]:
+        """(from the first to the last pixel of a plane, the place of its mask)."""
+        shape = self.shapes[value]
+        rows, columns = shape[1:] if len(shape) == 3 else (1, shape[0])
+        pitch = self.geometries.of(value).pitch if len(shape) == 3 else columns
+        positions = (rows - 1) * pitch + columns
+        key = (rows, columns, pitch)
+        if key not in self.masks:
+            place = np.arange(-(-positions // self.lanes) * self.lanes)
+            self.masks[key] = self._datum(np.where((place % pitch < columns) & (place < positions), -1, 0))
+        return positions, self.masks[key]
+
+    def _copy(self, source: int, target: int, shape: Shape, rows: tuple[int, int, int], pairs: list[int]) -> None:
+        """Rows of planes: `rows` are the steps of a row and of a column to read, and of a row to write."""
+        self._step(COPY, source, target, shape[1], shape[2], *rows, len(pairs) // 2, *pairs)
+
+    def _input(self, value: int) -> None:
+        shape, space = self.shapes[value], INPUT + 2 * value
+        if len(shape) == 1:
+            self._copy(space, WORK, (1, 1, *shape), (shape[0], 1, shape[0]), [0, self.planes[value][0]])
+            return
+        channels, rows, columns = shape
+        pairs = [place for c in range(channels) for place in (c * rows * columns, self.planes[value][c])]
+        self._copy(space, WORK, shape, (columns, 1, self.geometries.of(value).pitch), pairs)
+
+    def _output(self, place: int, value: int) -> None:
+        shape, space = self.shapes[value], OUTPUT + 2 * place
+        if len(shape) == 1:
+            self._copy(WORK, space, (1, 1, *shape), (shape[0], 1, shape[0]), [self.planes[value][0], 0])
+        else:
+            self._copy(WORK, space, shape, *self._gathered(value, 0))
+
+    def _gathered(self, value: int, start: int) -> tuple[tuple[int, int, int], list[int]]:
+        """The steps and the pairs of a copy of all planes to places behind each other."""
+        _, rows, columns = self.shapes[value]
+        pairs = [p for c, plane in enumerate(self.planes[value]) for p in (plane, start + c * rows * columns)]
+        return (self.geometries.of(value).pitch, 1, columns), pairs
+
+    def _write(self, layer: Layer | Phase) -> None:
+        planes, shapes = self.planes, self.shapes
+        if isinstance(layer, Conv):
+            self._conv(layer)
+        elif isinstance(layer, Phase):
+            if layer.y in self.empty:
+                return
+            pitch, (down, across) = self.geometries.of(layer.x).pitch, layer.stride
+            start = layer.row * pitch + layer.column
+            pairs = [p for a, b in zip(planes[layer.x], planes[layer.y], strict=True) for p in (a + start, b)]
+            steps = (down * pitch, across, self.geometries.of(layer.y).pitch)
+            self._copy(WORK, WORK, shapes[layer.y], steps, pairs)
+        elif isinstance(layer, Map):
+            second = layer.x if layer.second is None else layer.second
+            rows = zip(planes[layer.x], planes[second], planes[layer.y], self.packed.places[layer], strict=True)
+            fields = [place for row in rows for place in row]
+            positions, mask = self._positions(layer.y)
+            activation = ACTIVATIONS.index(layer.activation)
+            self._step(MAP, positions, activation, mask, layer.second is not None, len(fields) // 4, *fields)
+        elif isinstance(layer, Pool):
+            pairs = [p for pair in zip(planes[layer.x], planes[layer.y], strict=True) for p in pair]
+            sizes = [f(v) for v in (layer.x, layer.y) for f in (lambda v: shapes[v][1], lambda v: shapes[v][2], self._pitch)]
+            scratch = self.work.take((shapes[layer.x][2] + self.lanes) * shapes[layer.x][0])
+            windows = (*layer.kernel, *layer.stride, *layer.padding, layer.counts_pad, scratch, len(pairs) // 2)
+            self._step(POOL, layer.is_max, *sizes, *windows, *pairs)
+        elif isinstance(layer, Mean):
+            pairs = [p for pair in zip(planes[layer.x], planes[layer.y], strict=True) for p in pair]
+            positions = self._positions(layer.x)[0]
+            self._step(MEAN, positions, shapes[layer.x][1] * shapes[layer.x][2], len(pairs) // 2, *pairs)
+        elif isinstance(layer, Flatten):
+            self._copy(WORK, WORK, shapes[layer.x], *self._gathered(layer.x, planes[layer.y][0]))
+        elif isinstance(layer, Linear):
+            filters, features = layer.weight.shape
+            weight, bias = self.packed.places[layer]
+            activation = ACTIVATIONS.index(layer.activation)
+            self._step(LINEAR, features, filters, planes[layer.x][0], weight, bias, activation, planes[layer.y][0])
+
+    def _pitch(self, value: int) -> int:
+        return self.geometries.of(value).pitch
+
+    def _conv(self, layer: Conv) -> None:
+        tiles, taps = self.packed.tiles[layer], self.taps[layer]
+        outputs = self.planes[layer.y]
+        residuals = outputs if layer.residual is None else self.planes[layer.residual]
+        pitch = self._pitch(layer.y)
+        starts = np.array([self.planes[tap.value] for tap in taps]).T  # [C, taps]
+        offsets = starts + np.array([tap.dy * pitch + tap.dx for tap in taps])
+        places = []
+        lists: dict[tuple[int, ...], int] = {}
+        for tile, weights, bias in tiles:
+            if tile.channels not in lists:
+                lists[tile.channels] = self._datum(offsets[list(tile.channels)])
+            filters = list(tile.filters)
+            head = [len(filters), len(tile.channels) * len(taps), lists[tile.channels], weights, bias]
+            places.append(self._datum([*head, *(outputs[o] for o in filters), *(residuals[o] for o in filters)]))
+        positions, mask = self._positions(layer.y)
+        read = max(len({c for tile, _, _ in tiles for c in tile.channels}), 1)
+        block = max(CACHED // read, SMALLEST_BLOCK) // self.lanes * self.lanes
+        activation = ACTIVATIONS.index(layer.activation)
+        self._step(CONV, positions, block, activation, mask, layer.residual is not None, len(places), *places)
