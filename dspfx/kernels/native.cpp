@@ -156,6 +156,10 @@ void conv_tile(const Context& c, const ConvStep& step, const ConvTile& tile, int
     const float* base = c.work + position;
     for (int32_t k = 0; k < tile.terms; k++, weight += F) {
         const float* from = base + offset[k];
+        // Planes lie too far from each other for the processor to foresee: the next positions of this one, please.
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v += 16 / LANES) __builtin_prefetch(from + (V + v) * LANES);
+        __builtin_prefetch(weight + 128 * F);
         vec x[V];
 #pragma GCC unroll 16
         for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
@@ -238,38 +242,52 @@ void map_item(const Context& c, const MapStep& s, int64_t i) {
 
 struct PoolStep {  // the largest, or the mean, of a window
     int32_t op, size, is_max, rows, columns, pitch, out_rows, out_columns, out_pitch, kernel_y, kernel_x, stride_y,
-        stride_x, pad_y, pad_x, counts_pad, scratch, count;  // then pairs of planes
+        stride_x, pad_y, pad_x, counts_pad, scratch, scratch_size, count;  // then pairs of planes
 };
 
 inline int32_t most(int32_t a, int32_t b) { return a > b ? a : b; }
 inline int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 
+inline void reduce(float* to, const float* from, int32_t count, bool is_max) {  // reaches behind `count`
+    for (int32_t x = 0; x < count; x += LANES) {
+        const vec a = load(to + x), b = load(from + x);
+        *reinterpret_cast<vec*>(to + x) = is_max ? ((a > b) | (a != a) ? a : b) : a + b;
+    }
+}
+
+// Row by row: the rows of a window are reduced to one, with its borders; then that one's phases, shifted.
 void pool_item(const Context& c, const PoolStep& s, int64_t i) {
     const int32_t* planes = &s.count + 1 + 2 * i;
     const float* in = c.work + planes[0];
-    float* row = c.work + s.scratch + i * (s.columns + LANES);
+    float* row = c.work + s.scratch + i * s.scratch_size;
+    const int32_t width = s.columns + 2 * s.pad_x, part = s.out_columns + s.kernel_x / s.stride_x + 2 * LANES;
+    float *phases = row + width + 2 * LANES, *sums = phases + s.stride_x * part;
     for (int32_t y = 0; y < s.out_rows; y++) {
         const int32_t top = y * s.stride_y - s.pad_y;
         const int32_t first = most(top, 0), last = least(top + s.kernel_y, s.rows);
-        std::memcpy(row, in + (int64_t)first * s.pitch, sizeof(float) * s.columns);
-        for (int32_t r = first + 1; r < last; r++) {
-            const float* from = in + (int64_t)r * s.pitch;
-            for (int32_t x = 0; x < s.columns; x++) {
-                const float v = from[x];
-                row[x] = s.is_max ? (row[x] > v || row[x] != row[x] ? row[x] : v) : row[x] + v;
-            }
+        std::memcpy(row + s.pad_x, in + (int64_t)first * s.pitch, sizeof(float) * s.columns);
+        for (int32_t r = first + 1; r < last; r++) reduce(row + s.pad_x, in + (int64_t)r * s.pitch, s.columns, s.is_max);
+        const float nothing = s.is_max ? -INFINITY : 0.0f;
+        for (int32_t x = 0; x < s.pad_x; x++) row[x] = row[s.pad_x + s.columns + x] = nothing;
+        for (int32_t j = 0; j < s.stride_x; j++) {
+            const int32_t held = (width - j + s.stride_x - 1) / s.stride_x, wanted = least(held, part - LANES);
+            float* phase = phases + j * part;
+            if (s.stride_x == 1) std::memcpy(phase, row, sizeof(float) * wanted);
+            else if (s.stride_x == 2) for (int32_t x = 0; x < wanted; x++) phase[x] = row[2 * x + j];
+            else for (int32_t x = 0; x < wanted; x++) phase[x] = row[s.stride_x * x + j];
         }
-        const int32_t high = least(top + s.kernel_y, s.rows + s.pad_y) - top;
+        std::memcpy(sums, phases, sizeof(float) * s.out_columns);
+        for (int32_t k = 1; k < s.kernel_x; k++)
+            reduce(sums, phases + k % s.stride_x * part + k / s.stride_x, s.out_columns, s.is_max);
         float* out = c.work + planes[1] + (int64_t)y * s.out_pitch;
+        std::memcpy(out, sums, sizeof(float) * s.out_columns);
+        if (s.is_max) continue;
+        const int32_t high = s.counts_pad ? least(top + s.kernel_y, s.rows + s.pad_y) - top : last - first;
         for (int32_t x = 0; x < s.out_columns; x++) {
             const int32_t left = x * s.stride_x - s.pad_x;
-            const int32_t begin = most(left, 0), end = least(left + s.kernel_x, s.columns);
-            float found = row[begin];
-            for (int32_t k = begin + 1; k < end; k++)
-                found = s.is_max ? (found > row[k] || found != found ? found : row[k]) : found + row[k];
-            const int32_t wide = least(left + s.kernel_x, s.columns + s.pad_x) - left;
-            const int32_t count = s.counts_pad ? high * wide : (last - first) * (end - begin);
-            out[x] = s.is_max ? found : found / count;
+            const int32_t wide = s.counts_pad ? least(left + s.kernel_x, s.columns + s.pad_x) - left
+                                              : least(left + s.kernel_x, s.columns) - most(left, 0);
+            out[x] /= high * wide;
         }
     }
 }
@@ -294,18 +312,30 @@ struct LinearStep {
     int32_t op, size, features, filters, source, weights, bias, activation, target;
 };
 
-void linear_item(const Context& c, const LinearStep& s, int64_t o) {
-    const float *x = c.work + s.source, *w = c.weights + s.weights + o * s.features;
-    vec sums[4] = {};
+constexpr int ROWS = 4;  // filters of an item: as many streams of weights
+
+void linear_item(const Context& c, const LinearStep& s, int64_t item) {
+    const int32_t first = item * ROWS, rows = least(s.filters - first, ROWS);
+    const float *x = c.work + s.source, *w[ROWS];
+    for (int r = 0; r < ROWS; r++) w[r] = c.weights + s.weights + (int64_t)(first + least(r, rows - 1)) * s.features;
+    vec sums[ROWS][2] = {};
+    float rest[ROWS] = {};
     int32_t i = 0;
-    for (; i + 4 * LANES <= s.features; i += 4 * LANES)
-        for (int v = 0; v < 4; v++) sums[v] += load(x + i + v * LANES) * load(w + i + v * LANES);
-    for (; i + LANES <= s.features; i += LANES) sums[0] += load(x + i) * load(w + i);
-    const vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    float sum = 0;
-    for (int l = 0; l < LANES; l++) sum += all[l];
-    for (; i < s.features; i++) sum += x[i] * w[i];
-    c.work[s.target + o] = activate(splat(sum + c.weights[s.bias + o]), s.activation)[0];
+    for (; i + 2 * LANES <= s.features; i += 2 * LANES)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            __builtin_prefetch(w[r] + i + 256);
+            sums[r][0] += load(x + i) * load(w[r] + i);
+            sums[r][1] += load(x + i + LANES) * load(w[r] + i + LANES);
+        }
+    for (; i < s.features; i++)
+        for (int r = 0; r < ROWS; r++) rest[r] += x[i] * w[r][i];
+    for (int r = 0; r < rows; r++) {
+        const vec all = sums[r][0] + sums[r][1];
+        float sum = rest[r] + c.weights[s.bias + first + r];
+        for (int l = 0; l < LANES; l++) sum += all[l];
+        c.work[s.target + first + r] = activate(splat(sum), s.activation)[0];
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ items and threads
@@ -328,7 +358,7 @@ int64_t items_of(const int32_t* step, int threads) {
         case MAP: return reinterpret_cast<const MapStep*>(step)->count;
         case POOL: return reinterpret_cast<const PoolStep*>(step)->count;
         case MEAN: return reinterpret_cast<const MeanStep*>(step)->count;
-        default: return reinterpret_cast<const LinearStep*>(step)->filters;
+        default: return (reinterpret_cast<const LinearStep*>(step)->filters + ROWS - 1) / ROWS;
     }
 }
 

@@ -145,7 +145,11 @@ class Builder:
             elif isinstance(layer, Select):
                 self._share(layer.y, [self.planes[layer.x][c] for c in layer.channels], held)
             else:
-                self._take(layer.y, held)
+                over = self._overwritten(layer, index, last, held)
+                if over is None:
+                    self._take(layer.y, held)
+                else:  # its planes become the result's: half the memory to go through
+                    self._share(layer.y, self.planes[over], held)
                 self._write(layer)
             for value in {layer.y, *self._sources(layer)}:
                 if last.get(value, index) <= index:
@@ -156,6 +160,14 @@ class Builder:
         steps = np.concatenate([*self.data, np.array([*self.steps, 0, 0], np.int32)]).astype(np.int32)
         floats = self.work.floats + 64 * self.lanes
         return Program(steps, first, floats, tuple(self.shapes[value] for value in self.chain.outputs))
+
+    def _overwritten(self, layer: Layer | Phase, index: int, last: dict[int, int], held: dict[int, int]) -> int | None:
+        """A value that is read for the last time, and position by position: its result may take its place."""
+        value = layer.residual if isinstance(layer, Conv) else layer.x if isinstance(layer, Map) else None
+        if value is None or len(self.shapes[value]) < 3 or last[value] > index or any(held[p] > 1 for p in self.planes[value]):
+            return None
+        is_read_elsewhere = isinstance(layer, Conv) and any(tap.value == value for tap in self.taps[layer])
+        return None if is_read_elsewhere else value
 
     def _sources(self, layer: Layer | Phase) -> set[int]:
         if isinstance(layer, Phase):
@@ -304,8 +316,12 @@ class Builder:
         elif isinstance(layer, Pool):
             pairs = [p for pair in zip(planes[layer.x], planes[layer.y], strict=True) for p in pair]
             sizes = [f(v) for v in (layer.x, layer.y) for f in (lambda v: shapes[v][1], lambda v: shapes[v][2], self._pitch)]
-            scratch = self.work.take((shapes[layer.x][2] + self.lanes) * shapes[layer.x][0])
-            windows = (*layer.kernel, *layer.stride, *layer.padding, layer.counts_pad, scratch, len(pairs) // 2)
+            across = layer.stride[1]
+            wide = shapes[layer.x][2] + 2 * layer.padding[1] + 2 * self.lanes
+            part = shapes[layer.y][2] + layer.kernel[1] // across + 2 * self.lanes
+            each = wide + (across + 1) * part
+            scratch = self.work.take(each * shapes[layer.x][0])
+            windows = (*layer.kernel, *layer.stride, *layer.padding, layer.counts_pad, scratch, each, len(pairs) // 2)
             self._step(POOL, layer.is_max, *sizes, *windows, *pairs)
         elif isinstance(layer, Mean):
             pairs = [p for pair in zip(planes[layer.x], planes[layer.y], strict=True) for p in pair]
@@ -338,7 +354,8 @@ class Builder:
             head = [len(filters), len(tile.channels) * len(taps), lists[tile.channels], weights, bias]
             places.append(self._datum([*head, *(outputs[o] for o in filters), *(residuals[o] for o in filters)]))
         positions, mask = self._positions(layer.y)
-        read = max(len({c for tile, _, _ in tiles for c in tile.channels}), 1)
+        phases = len({tap.value for tap in taps})
+        read = max(phases * len({c for tile, _, _ in tiles for c in tile.channels}), 1)
         block = max(CACHED // read, SMALLEST_BLOCK) // self.lanes * self.lanes
         activation = ACTIVATIONS.index(layer.activation)
         self._step(CONV, positions, block, activation, mask, layer.residual is not None, len(places), *places)
