@@ -206,11 +206,29 @@ def check_call(
     """
     known = Structure.read(structure)
     weight_blocks(packed, known)
-    shape = output_shape(tuple(input.shape), known, stride, padding, dilation)
+    return known, check_fit(known, input, packed, bias, stride, padding, dilation, residual, activation)
+
+
+def check_fit(
+    structure: Structure,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[int, int, int, int]:
+    """The output's shape, as `check_call` gives it, for a weight that is packed in any way: its shape is not read."""
+    shape = output_shape(tuple(input.shape), structure, stride, padding, dilation)
     if not input.dtype.is_floating_point:
         raise InputError(f"group_conv2d got an input of {input.dtype}; give one of a float dtype.")
-    expected = {"packed weight": (packed, (known.weights,)), "bias": (bias, (known.out_channels,))}
-    for name, (tensor, size) in (expected | {"residual": (residual, shape)}).items():
+    for name, tensor, size in (
+        ("packed weight", weight, tuple(weight.shape)),
+        ("bias", bias, (structure.out_channels,)),
+        ("residual", residual, shape),
+    ):
         if tensor is not None and tuple(tensor.shape) != size:
             raise InputError(f"the {name} has shape {tuple(tensor.shape)}; this call needs {size}.")
         if tensor is not None and (tensor.dtype != input.dtype or tensor.device != input.device):
@@ -218,9 +236,9 @@ def check_call(
                 f"the {name} is {_describe(tensor)}, the input {_describe(input)}; convert one of them with .to(...)."
             )
     if activation not in ACTIVATIONS:
-        known_names = ", ".join(map(repr, ACTIVATIONS))
-        raise ConfigError(f"activation is {activation!r}, which group_conv2d does not know; give one of {known_names}.")
-    return known, shape
+        names = ", ".join(map(repr, ACTIVATIONS))
+        raise ConfigError(f"activation is {activation!r}, which group_conv2d does not know; give one of {names}.")
+    return shape
 
 
 def output_shape(
