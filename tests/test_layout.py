@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "errors", "plans"},
-    {"method"},
+    {"method", "kernels"},
     {"graph", "modules", "norms", "forms", "grouped"},
     {"passes"},
     {"gates", "second_pass", "learner", "storage"},

@@ -1,0 +1,1 @@
+"""The native group convolution: its structure tensor, its reference, and its kernels."""
