@@ -168,17 +168,17 @@ class LoweredLayer:
     """How one layer is rewritten.
 
     Attributes:
-        form: "dense" (one layer of the kept filters and channels), "branches" (a convolution a group) or "grouped"
-            (one convolution with `groups`, padded to equal ones).
+        form: "dense" (one layer of the kept filters and channels), "branches" (a convolution a group), "grouped"
+            (one convolution with `groups`, padded to equal ones) or "native" (in a `NativeChain`, by index lists).
         filters, channels: what is kept, as indices into the layer before lowering, in the order in which it stands
             afterwards.
-        groups: the branches, as indices into `filters` and `channels`; empty for "dense".
+        groups: the branches, as indices into `filters` and `channels`; empty for "dense" and "native".
         macs, macs_left, macs_run: multiply-adds before, of the kept structure, and really executed; at batch 1.
         ms: the milliseconds that the form was expected to take when it was chosen; None where nothing was measured.
     """
 
     name: str
-    form: Literal["dense", "branches", "grouped"]
+    form: Literal["dense", "branches", "grouped", "native"]
     filters: tuple[int, ...]
     channels: tuple[int, ...]
     groups: tuple[Group, ...]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "errors", "plans"},
     {"method", "kernels"},
-    {"graph", "modules", "norms", "forms", "grouped"},
+    {"graph", "modules", "norms", "forms", "grouped", "native"},
     {"passes"},
     {"gates", "second_pass", "learner", "storage"},
     {"deploy"},

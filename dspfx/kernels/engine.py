@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from collections import OrderedDict
 from typing import Any
@@ -32,6 +33,7 @@ class Engine:
         self.packed = Packed(chain, self.library.max_filters)
         self.weights = _pages(self.packed.array.size)
         self.weights[: self.packed.array.size] = self.packed.array
+        self.weights_place = self.weights.ctypes.data
         self.loaded: OrderedDict[tuple[Shape, ...], Loaded] = OrderedDict()
 
     def __call__(self, inputs: list[Tensor], threads: int | None = None) -> list[Tensor]:
@@ -54,31 +56,36 @@ class Engine:
         return loaded
 
     def _run(self, loaded: Loaded, inputs: list[Tensor], outputs: list[Tensor], images: int, threads: int) -> None:
-        work = loaded.spare.pop() if loaded.spare else _pages(loaded.program.floats)  # one a call that is under way
+        call = loaded.spare.pop() if loaded.spare else Call(loaded.program, len(inputs), len(outputs))
+        for i, x in enumerate(inputs):
+            call.inputs[i] = x.data_ptr()
+        for i, x in enumerate(outputs):
+            call.outputs[i] = x.data_ptr()
         self.library.run(
-            loaded.steps,
-            loaded.program.first,
-            self.weights.ctypes.data,
-            work.ctypes.data,
-            (ctypes.c_void_p * len(inputs))(*[x.data_ptr() for x in inputs]),
-            (ctypes.c_void_p * len(outputs))(*[x.data_ptr() for x in outputs]),
-            loaded.input_sizes,
-            loaded.output_sizes,
-            images,
-            threads,
-        )
-        loaded.spare.append(work)
+            loaded.steps, loaded.program.first, self.weights_place, call.work, call.inputs, call.outputs,
+            loaded.input_sizes, loaded.output_sizes, images, threads,
+        )  # fmt: skip
+        loaded.spare.append(call)
+
+
+class Call:
+    """What one call at a time may use: a workspace, and room for the places of inputs and outputs."""
+
+    def __init__(self, program: Program, inputs: int, outputs: int) -> None:
+        self.pages = _pages(program.floats)
+        self.work = self.pages.ctypes.data
+        self.inputs, self.outputs = (ctypes.c_void_p * inputs)(), (ctypes.c_void_p * outputs)()
 
 
 class Loaded:
-    """A program with what a call of it needs."""
+    """A program with what all calls of it share."""
 
     def __init__(self, program: Program, shapes: tuple[Shape, ...]) -> None:
         self.program = program
         self.steps = program.steps.ctypes.data
-        self.input_sizes = (ctypes.c_int64 * len(shapes))(*[int(np.prod(s)) for s in shapes])
-        self.output_sizes = (ctypes.c_int64 * len(program.outputs))(*[int(np.prod(s)) for s in program.outputs])
-        self.spare: list[Any] = []
+        self.input_sizes = (ctypes.c_int64 * len(shapes))(*map(math.prod, shapes))
+        self.output_sizes = (ctypes.c_int64 * len(program.outputs))(*map(math.prod, program.outputs))
+        self.spare: list[Call] = []
 
 
 def _pages(floats: int) -> Any:

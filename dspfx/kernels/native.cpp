@@ -18,7 +18,6 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -102,7 +101,7 @@ struct Context {
 // ---------------------------------------------------------------------------------------------------- convolution
 
 struct ConvStep {
-    int32_t op, size, positions, block, activation, mask, has_residual, tiles;  // then the place of each tile
+    int32_t op, size, positions, block, activation, mask, has_residual, is_far, tiles;  // then the place of each tile
 };
 
 struct ConvTile {
@@ -143,7 +142,9 @@ __attribute__((noinline)) void finish_any(const Context& c, const ConvStep& step
         }
 }
 
-template <int F, int V>
+// FAR: weights and planes do not stay in the second-level cache, and planes lie too far from each other for the
+// processor to foresee what is read next: it is told.
+template <int F, int V, bool FAR>
 void conv_tile(const Context& c, const ConvStep& step, const ConvTile& tile, int64_t position) {
     vec sum[F][V];
     const float* bias = c.weights + tile.bias;
@@ -156,10 +157,11 @@ void conv_tile(const Context& c, const ConvStep& step, const ConvTile& tile, int
     const float* base = c.work + position;
     for (int32_t k = 0; k < tile.terms; k++, weight += F) {
         const float* from = base + offset[k];
-        // Planes lie too far from each other for the processor to foresee: the next positions of this one, please.
+        if (FAR) {
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v += 16 / LANES) __builtin_prefetch(from + (V + v) * LANES);
-        __builtin_prefetch(weight + 128 * F);
+            for (int v = 0; v < V; v += 16 / LANES) __builtin_prefetch(from + (V + v) * LANES);
+            __builtin_prefetch(weight + 128 * F);
+        }
         vec x[V];
 #pragma GCC unroll 16
         for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
@@ -177,29 +179,28 @@ void conv_tile(const Context& c, const ConvStep& step, const ConvTile& tile, int
     else finish_any(c, step, tile, position, &sum[0][0], V);
 }
 
-template <int F, int V>
-constexpr TileKernel kernel_of() {
-    if constexpr (V <= vectors_of(F)) return conv_tile<F, V>;
-    return nullptr;
-}
+// [F - 1][V - 1][FAR]
+struct Kernels {
+    TileKernel of[MAX_FILTERS][MAX_VECTORS][2] = {};
 
-#define ROW(F) \
-    { kernel_of<F, 1>(), kernel_of<F, 2>(), kernel_of<F, 3>(), kernel_of<F, 4>(), \
-      kernel_of<F, 5>(), kernel_of<F, 6>(), kernel_of<F, 7>(), kernel_of<F, 8>() }
-const TileKernel KERNELS[][MAX_VECTORS] = {
-    ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6),
-#if defined(__AVX512F__)
-    ROW(7), ROW(8), ROW(9), ROW(10), ROW(11), ROW(12),
-#endif
+    Kernels() { fill<1, 1>(); }
+
+    template <int F, int V>
+    void fill() {
+        of[F - 1][V - 1][0] = conv_tile<F, V, false>;
+        of[F - 1][V - 1][1] = conv_tile<F, V, true>;
+        if constexpr (V < vectors_of(F)) fill<F, V + 1>();
+        else if constexpr (F < MAX_FILTERS) fill<F + 1, 1>();
+    }
 };
-#undef ROW
+const Kernels KERNELS;
 
 void conv_item(const Context& c, const ConvStep& step, const ConvTile& tile, int64_t start, int64_t stop) {
     const int64_t vectors = (stop - start + LANES - 1) / LANES, most = vectors_of(tile.filters);
     const int64_t calls = (vectors + most - 1) / most;
     for (int64_t i = 0, done = 0; i < calls; i++) {  // of nearly equal size: a last call of one vector would be slow
         const int64_t now = (vectors - done + calls - i - 1) / (calls - i);
-        KERNELS[tile.filters - 1][now - 1](c, step, tile, start + done * LANES);
+        KERNELS.of[tile.filters - 1][now - 1][step.is_far](c, step, tile, start + done * LANES);
         done += now;
     }
 }
@@ -398,70 +399,73 @@ inline void pause() {
 #endif
 }
 
-// All threads walk through the program together. A step's items are taken from a counter; behind each step they wait
-// for each other.
+// A call. Its steps are done one after another, a step's items by whoever takes them; nobody waits for a thread that
+// has taken none, since it may be long in coming on a busy machine.
 struct Job {
     Context context;
-    int64_t images;
     int threads;
-    std::atomic<int64_t> next{0};
-    std::atomic<int> arrived{0};
-    std::atomic<int64_t> round{0};
-
-    void wait() {
-        const int64_t now = round.load();
-        if (arrived.fetch_add(1) + 1 == threads) {
-            arrived = 0;
-            next = 0;
-            round = now + 1;
-            return;
-        }
-        for (int spins = 0; round.load() == now; spins++)
-            if (spins < 1 << 14) pause();
-            else std::this_thread::yield();
-    }
+    std::vector<const int32_t*> steps;
+    int64_t last;                      // steps of all images
+    std::atomic<uint64_t> ticket{0};   // the step's number above, its first item that is free in the lower half
+    std::atomic<int64_t> done{0};      // items of this step
 
     void work() {
         Context c = context;
-        for (c.image = 0; c.image < images; c.image++)
-            for (const int32_t* step = c.first; step[0]; step += step[1]) {
-                const int64_t items = items_of(step, threads);
-                if (threads == 1) {
-                    run_items(c, step, 1, 0, items);
-                    continue;
-                }
-                const int64_t share = items / (8 * threads) + 1;
-                for (int64_t i = next.fetch_add(share); i < items; i = next.fetch_add(share))
-                    run_items(c, step, threads, i, i + share < items ? i + share : items);
-                wait();
+        for (int64_t idle = 0;;) {
+            uint64_t now = ticket.load();
+            if (number(now) >= last) return;
+            const int64_t items = items_of(step(now), threads), share = items / (8 * threads) + 1;
+            if (item(now) >= items) {
+                if (++idle < 1 << 12) pause();
+                else std::this_thread::yield();
+                continue;
             }
+            idle = 0;
+            now = ticket.fetch_add(share);  // perhaps of a later step by now
+            if (number(now) >= last) return;
+            const int64_t all = items_of(step(now), threads), first = item(now);
+            const int64_t behind = first + share < all ? first + share : all;
+            if (first >= behind) continue;
+            c.image = number(now) / (int64_t)steps.size();
+            run_items(c, step(now), threads, first, behind);
+            if (done.fetch_add(behind - first) + behind - first < all) continue;
+            done = 0;
+            ticket = (uint64_t)(number(now) + 1) << 32;
+        }
     }
+
+    const int32_t* step(uint64_t ticket) const { return steps[number(ticket) % (int64_t)steps.size()]; }
+    static int64_t number(uint64_t ticket) { return (int64_t)(ticket >> 32); }
+    static int64_t item(uint64_t ticket) { return (int64_t)(ticket & 0xffffffff); }
 };
+
+void run_alone(Context c, int64_t images) {
+    for (c.image = 0; c.image < images; c.image++)
+        for (const int32_t* step = c.first; step[0]; step += step[1]) run_items(c, step, 1, 0, items_of(step, 1));
+}
 
 // Threads that stay between calls, since starting one takes longer than a small network.
 class Team {
   public:
     explicit Team(int helpers) {
-        for (int i = 0; i < helpers; i++) threads_.emplace_back([this] { loop(); });
+        for (int i = 0; i < helpers; i++) std::thread([this] { loop(); }).detach();
     }
 
-    void run(Job& job) {
+    void run(const std::shared_ptr<Job>& job) {
         {
             std::lock_guard<std::mutex> hold(mutex_);
-            job_ = &job;
-            left_ = (int)threads_.size();
+            job_ = job;
             serial_++;
         }
         start_.notify_all();
-        job.work();
-        std::unique_lock<std::mutex> hold(mutex_);
-        done_.wait(hold, [this] { return left_ == 0; });
+        job->work();
     }
 
   private:
     void loop() {
         for (int64_t seen = 0;;) {
-            Job* job;
+            for (int i = 0; i < 1 << 12 && serial_ == seen; i++) pause();  // the next call often comes at once
+            std::shared_ptr<Job> job;
             {
                 std::unique_lock<std::mutex> hold(mutex_);
                 start_.wait(hold, [&] { return serial_ != seen; });
@@ -469,23 +473,16 @@ class Team {
                 job = job_;
             }
             job->work();
-            {
-                std::lock_guard<std::mutex> hold(mutex_);
-                left_--;
-            }
-            done_.notify_one();
         }
     }
 
-    std::vector<std::thread> threads_;
     std::mutex mutex_;
-    std::condition_variable start_, done_;
-    Job* job_ = nullptr;
-    int left_ = 0;
-    int64_t serial_ = 0;
+    std::condition_variable start_;
+    std::shared_ptr<Job> job_;
+    std::atomic<int64_t> serial_{0};
 };
 
-// A team a number of threads, never freed: its threads may outlive the interpreter. A forked child has none of them.
+// A team for each number of threads, never freed: they may outlive the interpreter. A forked child has none of them.
 Team& team_of(int helpers) {
     static std::mutex mutex;
     static std::vector<std::pair<int, Team*>> teams;
@@ -503,11 +500,6 @@ Team& team_of(int helpers) {
     return *teams.back().second;
 }
 
-std::mutex& turn() {  // one call with several threads at a time
-    static std::mutex mutex;
-    return mutex;
-}
-
 }  // namespace
 
 extern "C" {
@@ -519,12 +511,13 @@ int32_t dspfx_max_filters() { return MAX_FILTERS; }
 void dspfx_run(const int32_t* program, int64_t first, const float* weights, float* work, const float* const* inputs,
                float* const* outputs, const int64_t* input_sizes, const int64_t* output_sizes, int64_t images,
                int32_t threads) {
-    Job job;
-    job.context = {program, program + first, weights, work, inputs, outputs, input_sizes, output_sizes, 0};
-    job.images = images;
-    job.threads = threads;
-    if (threads == 1) return job.work();
-    std::lock_guard<std::mutex> hold(turn());
+    const Context context = {program, program + first, weights, work, inputs, outputs, input_sizes, output_sizes, 0};
+    if (threads == 1 || !images || !*context.first) return run_alone(context, images);
+    auto job = std::make_shared<Job>();
+    job->context = context;
+    job->threads = threads;
+    for (const int32_t* step = context.first; step[0]; step += step[1]) job->steps.push_back(step);
+    job->last = (int64_t)job->steps.size() * images;
     team_of(threads - 1).run(job);
 }
 }

@@ -30,7 +30,7 @@ from dspfx.kernels.chain import (
     reads,
 )
 from dspfx.kernels.planes import Geometries, Workspace
-from dspfx.kernels.tiles import Tile, tiles_of
+from dspfx.kernels.tiles import Tile, conv_tiles
 
 CONV, COPY, MAP, POOL, MEAN, LINEAR = range(1, 7)
 WORK, INPUT, OUTPUT = 0, 1, 2  # spaces; those of the i-th input and output are 2 i more
@@ -76,7 +76,7 @@ class Packed:
         self.places: dict[Layer, tuple[int, ...]] = {}
         for layer in chain.layers:
             if isinstance(layer, Conv):
-                self.tiles[layer] = [self._pack(layer, tile) for tile in _conv_tiles(layer, most_filters)]
+                self.tiles[layer] = [self._pack(layer, tile) for tile in conv_tiles(layer.weight, layer.groups, most_filters)]
             elif isinstance(layer, Map):
                 pairs = np.stack([layer.scale, layer.shift], 1)
                 start = self._add(pairs)
@@ -99,18 +99,6 @@ class Packed:
         return place
 
 
-def _conv_tiles(layer: Conv, most: int) -> list[Tile]:
-    """Of every group of the layer itself, with the channels of the whole input."""
-    filters, channels = len(layer.weight) // layer.groups, layer.weight.shape[1]
-    tiles = []
-    for g in range(layer.groups):
-        pairs = (layer.weight[g * filters : (g + 1) * filters] != 0).any((2, 3))
-        for tile in tiles_of(pairs, most):
-            moved = tuple(o + g * filters for o in tile.filters), tuple(c + g * channels for c in tile.channels)
-            tiles.append(Tile(*moved))
-    return tiles
-
-
 class Builder:
     """Writes the program of a chain for inputs of given shapes (of one image)."""
 
@@ -127,6 +115,7 @@ class Builder:
         self.length = 0
         self.masks: dict[tuple[int, ...], int] = {}
         self.steps: list[int] = []
+        self.far: list[int] = []  # where the steps of convolutions say whether what they read is far
 
     def build(self) -> Program:
         """The program."""
@@ -156,6 +145,9 @@ class Builder:
                     self._drop(value, held)
         for place, value in enumerate(self.chain.outputs):
             self._output(place, value)
+        is_far = self.work.floats + self.packed.floats > 2 * CACHED
+        for place in self.far:
+            self.steps[place] = is_far
         first = self.length
         steps = np.concatenate([*self.data, np.array([*self.steps, 0, 0], np.int32)]).astype(np.int32)
         floats = self.work.floats + 64 * self.lanes
@@ -358,4 +350,5 @@ class Builder:
         read = max(phases * len({c for tile, _, _ in tiles for c in tile.channels}), 1)
         block = max(CACHED // read, SMALLEST_BLOCK) // self.lanes * self.lanes
         activation = ACTIVATIONS.index(layer.activation)
-        self._step(CONV, positions, block, activation, mask, layer.residual is not None, len(places), *places)
+        self.far.append(len(self.steps) + 7)
+        self._step(CONV, positions, block, activation, mask, layer.residual is not None, False, len(places), *places)

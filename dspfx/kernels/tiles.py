@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dspfx.kernels.chain import Floats
+
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 MOST_GROUPS = 64  # beyond, the zeros have no structure worth finding
 OVERHEAD = 1.0  # of a tile, in filters: its loads of the input
@@ -18,6 +20,17 @@ class Tile:
 
     filters: tuple[int, ...]
     channels: tuple[int, ...]
+
+
+def conv_tiles(weight: Floats, groups: int, most: int) -> list[Tile]:
+    """The tiles of a weight [O, C / groups, kh, kw], group by group, with the channels of the whole input."""
+    filters, channels = len(weight) // groups, weight.shape[1]
+    tiles = []
+    for g in range(groups):
+        for tile in tiles_of((weight[g * filters : (g + 1) * filters] != 0).any((2, 3)), most):
+            moved = tuple(o + g * filters for o in tile.filters), tuple(c + g * channels for c in tile.channels)
+            tiles.append(Tile(*moved))
+    return tiles
 
 
 def tiles_of(pairs: Mask, most: int) -> list[Tile]:

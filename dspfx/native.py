@@ -1,0 +1,103 @@
+"""Part of a lowered network that runs as one program of the native kernels (dspfx/kernels)."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dspfx.graph.to_chain import chain_of
+from dspfx.kernels.engine import Engine
+from dspfx.kernels.library import library_or_none
+
+
+class NativeChain(nn.Module):
+    """`plain`, a graph of ordinary layers, run by the native kernels wherever these can: float32 on the CPU, no grad.
+
+    Everywhere else (another device or type, training, an export, no compiler) it is `plain` that runs, whose layers are
+    dense and hold the zeros of their groups. Inputs and outputs are those of `plain`: [N, C, H, W] or [N, features],
+    one tensor or a tuple of several. Weights are packed at the first call, and again when they have changed.
+    """
+
+    def __init__(self, plain: fx.GraphModule) -> None:
+        super().__init__()
+        self.plain = plain.requires_grad_(False)
+        self._engine: Engine | None = None
+        self._packed: list[_Held] = []  # what the engine was made of
+        self.handle = _remember(self)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if not self._can_run(inputs):
+            return self.plain(*inputs)
+        if torch.compiler.is_compiling():
+            outputs = torch.ops.dspfx.native_chain(list(inputs), self.handle)
+        else:
+            outputs = self.engine()(list(inputs))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def engine(self) -> Engine:
+        """The chain, packed for this machine; anew where a weight is another one or was changed in place."""
+        engine = self._engine
+        if engine is None or any(
+            owner[name] is not tensor or tensor._version != version for owner, name, tensor, version in self._packed
+        ):
+            self._engine = engine = Engine(chain_of(self.plain))
+            self._packed = [
+                (owner, name, tensor, tensor._version)
+                for module in self.plain.modules()
+                for owner in (module._parameters, module._buffers)
+                for name, tensor in owner.items()
+                if tensor is not None
+            ]
+        return engine
+
+    def _can_run(self, inputs: tuple[Tensor, ...]) -> bool:
+        for x in inputs:
+            if type(x) not in _PLAIN or x.dtype != torch.float32 or x.device.type != "cpu":
+                return False
+        if torch.is_grad_enabled():
+            own = (t for _, _, t, _ in self._packed) if self._engine else self.plain.parameters()
+            if any(t.requires_grad for t in (*inputs, *own)):
+                return False
+        is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
+        return not (is_recorded or self.training) and library_or_none() is not None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._engine = None  # tensors may get other memory, which no version tells
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None, "_packed": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = _remember(self)
+
+
+_Held = tuple[dict[str, Any], str, Tensor, int]  # a tensor's owner and name, itself, its version
+_PLAIN = (Tensor, nn.Parameter)  # no fake tensor, and no proxy
+_chains: weakref.WeakValueDictionary[int, NativeChain] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _remember(chain: NativeChain) -> int:
+    """A number by which torch.ops.dspfx.native_chain finds the chain as long as it lives."""
+    number = next(_numbers)
+    _chains[number] = chain
+    return number
+
+
+@torch.library.custom_op("dspfx::native_chain", mutates_args=())
+def native_chain(inputs: list[Tensor], handle: int) -> list[Tensor]:
+    """A NativeChain as one operation, for torch.compile."""
+    return _chains[handle].engine()(inputs)
+
+
+@native_chain.register_fake
+def _shapes(inputs: list[Tensor], handle: int) -> list[Tensor]:
+    chain = _chains[handle].engine().chain
+    shapes = chain.shapes(tuple(tuple(int(n) for n in x.shape[1:]) for x in inputs))
+    return [inputs[0].new_empty((inputs[0].shape[0], *shapes[value])) for value in chain.outputs]
