@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.tools_common import stable_topological_sort
 
+from dspfx.graph.aliases import overwrites
 from dspfx.graph.to_chain import floats, is_supported
 from dspfx.graph.traced import Model, TracedModule, parts_of
 from dspfx.kernels.library import library
@@ -68,7 +69,7 @@ def _segments(part: TracedModule) -> list[list[fx.Node]]:
     segments: dict[fx.Node, list[fx.Node]] = {}
     for node in chain:
         segments.setdefault(_first(chain, node), []).append(node)
-    return [members for members in segments.values() if any(_is_conv(part, node) for node in members)]
+    return [members for members in segments.values() if _is_worth(part, members)]
 
 
 def _first(chain: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
@@ -77,8 +78,13 @@ def _first(chain: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
     return node
 
 
-def _is_conv(part: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(part.get_submodule(str(node.target)), nn.Conv2d)
+def _is_worth(part: nn.Module, members: list[fx.Node]) -> bool:
+    """True where there is a convolution among them, and nothing between them changes in place what they may read."""
+    inside, nodes = set(members), list(members[0].graph.nodes)
+    between = nodes[nodes.index(members[0]) : nodes.index(members[-1])]
+    if any(overwrites(part, node) for node in between if node not in inside):
+        return False
+    return any(n.op == "call_module" and isinstance(part.get_submodule(str(n.target)), nn.Conv2d) for n in members)
 
 
 def _fuse(part: TracedModule, members: list[fx.Node]) -> None:
@@ -131,8 +137,9 @@ def _flatten_views(part: TracedModule) -> None:
             flat = part.graph.call_function(torch.flatten, (source, 1))
         flat.meta["val"] = after
         node.replace_all_uses_with(flat)
-        part.graph.erase_node(node)
-    part.graph.eliminate_dead_code()
+        for unused in (node, batch, batch.args[0]):  # not what changes something in place: that has no users, either
+            if not unused.users and unused is not source:
+                part.graph.erase_node(unused)
 
 
 def _is_first_size(batch: object, source: fx.Node) -> bool:
