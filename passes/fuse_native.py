@@ -131,7 +131,9 @@ def _flatten_views(part: TracedModule) -> None:
             continue
         source, batch = node.args[0], node.args[1]
         before, after = source.meta.get("val"), node.meta.get("val")
-        if not (isinstance(before, Tensor) and before.dim() == 4 and after.dim() == 2 and _is_first_size(batch, source)):
+        if not (
+            isinstance(before, Tensor) and before.dim() == 4 and after.dim() == 2 and _is_first_size(batch, source)
+        ):
             continue
         with part.graph.inserting_before(node):
             flat = part.graph.call_function(torch.flatten, (source, 1))
@@ -150,5 +152,6 @@ def _is_first_size(batch: object, source: fx.Node) -> bool:
         return batch.args == (source, 0)
     shape = batch.args[0] if batch.target is operator.getitem and batch.args[1:] == (0,) else None
     return isinstance(shape, fx.Node) and (
-        (shape.target is getattr and shape.args == (source, "shape")) or (shape.target == "size" and shape.args == (source,))
+        (shape.target is getattr and shape.args == (source, "shape"))
+        or (shape.target == "size" and shape.args == (source,))
     )

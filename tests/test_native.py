@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, note, settings
+from hypothesis import given, note
 from torch import Tensor, nn
 
 from dspfx import pipeline
@@ -71,7 +71,6 @@ def test_native_network_equals_the_plain_one(entry: ZooEntry) -> None:
         assert len(native) >= len({c for c in convs}) or not convs
 
 
-@settings(max_examples=30)
 @given(programs())
 def test_native_random_network_equals_the_plain_one(program: Program) -> None:
     note(program.source())

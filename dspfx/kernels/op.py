@@ -58,9 +58,7 @@ def _group_conv2d(
 ) -> Tensor:
     """`size` is (O, kh, kw), which a structure that is traced cannot be asked for."""
     if input.is_cuda and triton_conv.is_available():
-        return triton_conv.group_conv2d(
-            input, packed, bias, structure, stride, padding, dilation, residual, activation
-        )
+        return triton_conv.group_conv2d(input, packed, bias, structure, stride, padding, dilation, residual, activation)
     arguments = (input, packed, bias, structure, stride, padding, dilation, residual, activation)
     if input.device.type == "cpu" and input.dtype == torch.float32 and library_or_none() is not None:
         return _native(size, *arguments)
@@ -87,7 +85,9 @@ def _shape(
     return input.new_empty((input.shape[0], size[0], *sizes))
 
 
-_engines: WeakIdKeyDictionary = WeakIdKeyDictionary()  # packed weight -> (what belongs to it, the structure, the engine)
+_engines: WeakIdKeyDictionary = (
+    WeakIdKeyDictionary()
+)  # packed weight -> (what belongs to it, the structure, the engine)
 
 
 def _native(
@@ -104,7 +104,9 @@ def _native(
         _engines[packed] = known = ((versions, options), read, engine, (bias, structure))
     read: Structure = known[1]
     if [read.out_channels, *read.kernel] != list(size):
-        raise InputError(f"group_conv2d got the size {list(size)}; its structure's is {[read.out_channels, *read.kernel]}.")
+        raise InputError(
+            f"group_conv2d got the size {list(size)}; its structure's is {[read.out_channels, *read.kernel]}."
+        )
     check_fit(read, input, packed, bias, *rest)
     inputs = [input] if residual is None else [input, residual]
     return known[2](inputs)[0]

@@ -76,7 +76,9 @@ class Packed:
         self.places: dict[Layer, tuple[int, ...]] = {}
         for layer in chain.layers:
             if isinstance(layer, Conv):
-                self.tiles[layer] = [self._pack(layer, tile) for tile in conv_tiles(layer.weight, layer.groups, most_filters)]
+                self.tiles[layer] = [
+                    self._pack(layer, tile) for tile in conv_tiles(layer.weight, layer.groups, most_filters)
+                ]
             elif isinstance(layer, Map):
                 pairs = np.stack([layer.scale, layer.shift], 1)
                 start = self._add(pairs)
@@ -156,7 +158,12 @@ class Builder:
     def _overwritten(self, layer: Layer | Phase, index: int, last: dict[int, int], held: dict[int, int]) -> int | None:
         """A value that is read for the last time, and position by position: its result may take its place."""
         value = layer.residual if isinstance(layer, Conv) else layer.x if isinstance(layer, Map) else None
-        if value is None or len(self.shapes[value]) < 3 or last[value] > index or any(held[p] > 1 for p in self.planes[value]):
+        if (
+            value is None
+            or len(self.shapes[value]) < 3
+            or last[value] > index
+            or any(held[p] > 1 for p in self.planes[value])
+        ):
             return None
         is_read_elsewhere = isinstance(layer, Conv) and any(tap.value == value for tap in self.taps[layer])
         return None if is_read_elsewhere else value
@@ -307,7 +314,9 @@ class Builder:
             self._step(MAP, positions, activation, mask, layer.second is not None, len(fields) // 4, *fields)
         elif isinstance(layer, Pool):
             pairs = [p for pair in zip(planes[layer.x], planes[layer.y], strict=True) for p in pair]
-            sizes = [f(v) for v in (layer.x, layer.y) for f in (lambda v: shapes[v][1], lambda v: shapes[v][2], self._pitch)]
+            sizes = [
+                f(v) for v in (layer.x, layer.y) for f in (lambda v: shapes[v][1], lambda v: shapes[v][2], self._pitch)
+            ]
             across = layer.stride[1]
             wide = shapes[layer.x][2] + 2 * layer.padding[1] + 2 * self.lanes
             part = shapes[layer.y][2] + layer.kernel[1] // across + 2 * self.lanes
