@@ -16,7 +16,7 @@ from dspfx.grouped import PaddedGroupConv2d, pad_groups
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group
 
-Form = Literal["dense", "branches", "grouped"]
+Form = Literal["dense", "branches", "grouped", "native"]
 
 
 @dataclass(frozen=True)

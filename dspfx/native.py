@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dspfx.graph.to_chain import chain_of
+from dspfx.kernels.chain import Shape
 from dspfx.kernels.engine import Engine
 from dspfx.kernels.library import library_or_none
 
@@ -35,16 +37,19 @@ class NativeChain(nn.Module):
         if torch.compiler.is_compiling():
             outputs = torch.ops.dspfx.native_chain(list(inputs), self.handle)
         else:
-            outputs = self.engine()(list(inputs))
+            outputs = self.engine(inputs)(list(inputs))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def engine(self) -> Engine:
-        """The chain, packed for this machine; anew where a weight is another one or was changed in place."""
+    def engine(self, inputs: Sequence[Tensor]) -> Engine:
+        """The chain, packed for this machine; anew where a weight is another one or was changed in place.
+
+        Any inputs of these numbers of channels will do.
+        """
         engine = self._engine
         if engine is None or any(
             owner[name] is not tensor or tensor._version != version for owner, name, tensor, version in self._packed
         ):
-            self._engine = engine = Engine(chain_of(self.plain))
+            self._engine = engine = Engine(chain_of(self.plain, image_shapes(inputs)))
             self._packed = [
                 (owner, name, tensor, tensor._version)
                 for module in self.plain.modules()
@@ -77,6 +82,11 @@ class NativeChain(nn.Module):
         self.handle = _remember(self)
 
 
+def image_shapes(inputs: Sequence[Tensor]) -> tuple[Shape, ...]:
+    """Without the batch."""
+    return tuple(tuple(int(n) for n in x.shape[1:]) for x in inputs)
+
+
 _Held = tuple[dict[str, Any], str, Tensor, int]  # a tensor's owner and name, itself, its version
 _PLAIN = (Tensor, nn.Parameter)  # no fake tensor, and no proxy
 _chains: weakref.WeakValueDictionary[int, NativeChain] = weakref.WeakValueDictionary()
@@ -93,11 +103,11 @@ def _remember(chain: NativeChain) -> int:
 @torch.library.custom_op("dspfx::native_chain", mutates_args=())
 def native_chain(inputs: list[Tensor], handle: int) -> list[Tensor]:
     """A NativeChain as one operation, for torch.compile."""
-    return _chains[handle].engine()(inputs)
+    return _chains[handle].engine(inputs)(inputs)
 
 
 @native_chain.register_fake
 def _shapes(inputs: list[Tensor], handle: int) -> list[Tensor]:
-    chain = _chains[handle].engine().chain
-    shapes = chain.shapes(tuple(tuple(int(n) for n in x.shape[1:]) for x in inputs))
+    chain = _chains[handle].engine(inputs).chain
+    shapes = chain.shapes(image_shapes(inputs))
     return [inputs[0].new_empty((inputs[0].shape[0], *shapes[value])) for value in chain.outputs]

@@ -127,19 +127,22 @@ def _replace(graph: fx.Graph, call: fx.Node, outputs: list[fx.Node]) -> None:
 def _flatten_views(part: TracedModule) -> None:
     """x.view(x.size(0), -1) becomes torch.flatten(x, 1): a size is no tensor, and would stand outside of any chain."""
     for node in list(part.graph.nodes):
-        if node.op != "call_method" or node.target not in ("view", "reshape") or len(node.args) != 3:
+        if node.target not in ("view", "reshape", torch.reshape) or len(node.args) != 3:
             continue
-        source, batch = node.args[0], node.args[1]
+        source, batch, rest = node.args
         before, after = source.meta.get("val"), node.meta.get("val")
-        if not (
-            isinstance(before, Tensor) and before.dim() == 4 and after.dim() == 2 and _is_first_size(batch, source)
+        if not isinstance(before, Tensor) or not isinstance(rest, int) or before.dim() != 4:
+            continue
+        if tuple(after.shape) != (before.shape[0], before[0].numel()) or not (
+            _is_first_size(batch, source) or (batch == -1 and rest > 0)
         ):
             continue
         with part.graph.inserting_before(node):
             flat = part.graph.call_function(torch.flatten, (source, 1))
         flat.meta["val"] = after
         node.replace_all_uses_with(flat)
-        for unused in (node, batch, batch.args[0]):  # not what changes something in place: that has no users, either
+        sizes = (batch, batch.args[0]) if isinstance(batch, fx.Node) else ()
+        for unused in (node, *sizes):  # not what changes something in place: that has no users, either
             if not unused.users and unused is not source:
                 part.graph.erase_node(unused)
 

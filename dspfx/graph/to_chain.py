@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dspfx.errors import InputError
 from dspfx.graph.aliases import is_read_later, overwrites
 from dspfx.graph.ops import IDENTITIES, IDENTITY_MODULES
 from dspfx.kernels.chain import (
@@ -31,7 +32,9 @@ from dspfx.kernels.chain import (
     Pair,
     Pool,
     Select,
+    Shape,
     reads,
+    shape_of,
 )
 
 ACTIVATIONS: dict[Any, Activation] = {
@@ -51,16 +54,21 @@ class Unsupported(Exception):
 class Reader:
     """Collects the layers of nodes; `add` raises Unsupported, and leaves nothing behind, where there is none for it."""
 
-    def __init__(self, gm: nn.Module) -> None:
+    def __init__(self, gm: nn.Module, inputs: dict[fx.Node, Shape]) -> None:
         self.gm = gm
-        self.values: dict[fx.Node, int] = {}
+        self.values = {node: i for i, node in enumerate(inputs)}
+        self.shapes = dict(enumerate(inputs.values()))
         self.layers: list[Layer] = []
-        self.count = 0
 
     def new(self) -> int:
-        """A value's number."""
-        self.count += 1
-        return self.count - 1
+        """The next value's number."""
+        return len(self.shapes)
+
+    def append(self, layer: Layer) -> int:
+        """The layer's value."""
+        self.layers.append(layer)
+        self.shapes[layer.y] = shape_of(layer, self.shapes)
+        return layer.y
 
     def add(self, node: fx.Node) -> None:
         """Appends the layers of a node whose inputs are known."""
@@ -69,35 +77,29 @@ class Reader:
         self.values[node] = _value(self, node)
 
 
-def chain_of(gm: fx.GraphModule) -> Chain:
-    """The chain of a graph of which every node is supported."""
-    reader = Reader(gm)
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            reader.values[node] = reader.new()
-        elif node.op == "output":
-            found = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
-        else:
+def chain_of(gm: fx.GraphModule, shapes: tuple[Shape, ...]) -> Chain:
+    """The chain of a graph of which every node is supported, whose inputs have these shapes (of one image)."""
+    *nodes, output = gm.graph.nodes
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    reader = Reader(gm, dict(zip(inputs, shapes, strict=True)))
+    for node in nodes:
+        if node.op != "placeholder":
             reader.add(node)
-    inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
-    return fused(Chain(inputs, tuple(reader.layers), tuple(reader.values[node] for node in found)))
+    found = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    return fused(Chain(len(inputs), tuple(reader.layers), tuple(reader.values[node] for node in found)))
 
 
 def is_supported(gm: nn.Module, node: fx.Node) -> bool:
-    """True where the native kernels have a layer for this node, whatever its inputs are."""
-    value = node.meta.get("val")
-    tensors = [n.meta.get("val") for n in node.all_input_nodes]
-    if not isinstance(value, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
+    """True where the native kernels have a layer for this node (whose inputs' values and own value are known)."""
+    values: dict[fx.Node, Any] = {n: n.meta.get("val") for n in (*node.all_input_nodes, node)}
+    if not all(isinstance(x, Tensor) and x.dtype == torch.float32 and x.dim() in (2, 4) for x in values.values()):
         return False
-    if any(x.dtype != torch.float32 or x.dim() not in (2, 4) for x in (value, *tensors)):
-        return False
-    reader = Reader(gm)
-    reader.values = {source: reader.new() for source in node.all_input_nodes}
+    reader = Reader(gm, {n: tuple(map(int, values[n].shape[1:])) for n in node.all_input_nodes})
     try:
         reader.add(node)
-    except Unsupported:
+    except (Unsupported, InputError):
         return False
-    return True
+    return reader.shapes[reader.values[node]] == tuple(values[node].shape[1:])
 
 
 def fused(chain: Chain) -> Chain:
@@ -159,29 +161,28 @@ def _input(reader: Reader, node: fx.Node) -> int:
     return reader.values[source]
 
 
-def _append(reader: Reader, layer: Layer) -> int:
-    reader.layers.append(layer)
-    return layer.y
-
-
-def _channels(node: fx.Node) -> int:
-    return int(node.meta["val"].shape[1])
+def _plane(reader: Reader, node: fx.Node) -> Shape:
+    """The shape [C, H, W] of a node's first input."""
+    shape = reader.shapes[_input(reader, node)]
+    if len(shape) != 3:
+        raise Unsupported("features instead of planes")
+    return shape
 
 
 def _map(reader: Reader, node: fx.Node, **options: Any) -> int:
-    channels = _channels(node) if node.meta["val"].dim() == 4 else 1  # features are one plane
+    shape = reader.shapes[_input(reader, node)]
+    channels = shape[0] if len(shape) == 3 else 1  # features are one plane
     ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-    return _append(reader, Map(_input(reader, node), reader.new(), ones, zeros, **options))
+    return reader.append(Map(_input(reader, node), reader.new(), ones, zeros, **options))
 
 
 def _add(reader: Reader, node: fx.Node) -> int:
-    sources = node.args
-    if len(sources) != 2 or node.kwargs or not all(isinstance(s, fx.Node) for s in sources):
+    values = [reader.values[source] for source in node.args if isinstance(source, fx.Node)]
+    if len(values) != 2 or len(node.args) != 2 or node.kwargs:
         raise Unsupported("an addition of something else than two tensors")
-    shapes = [s.meta["val"].shape for s in sources if isinstance(s, fx.Node)]
-    if shapes[0] != shapes[1]:
+    if reader.shapes[values[0]] != reader.shapes[values[1]]:
         raise Unsupported("an addition that broadcasts")
-    return _map(reader, node, second=reader.values[sources[1]])  # type: ignore[index]
+    return _map(reader, node, second=values[1])
 
 
 def _conv(reader: Reader, node: fx.Node, module: Any) -> int:
@@ -190,7 +191,7 @@ def _conv(reader: Reader, node: fx.Node, module: Any) -> int:
     padding = _padding(module)
     bias = np.zeros(module.out_channels, np.float32) if module.bias is None else floats(module.bias)
     options = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
-    return _append(reader, Conv(_input(reader, node), reader.new(), floats(module.weight), bias, **options))
+    return reader.append(Conv(_input(reader, node), reader.new(), floats(module.weight), bias, **options))
 
 
 def _padding(module: nn.Conv2d) -> Pair:
@@ -205,18 +206,19 @@ def _padding(module: nn.Conv2d) -> Pair:
 
 
 def _norm(reader: Reader, node: fx.Node, module: Any) -> int:
-    if module.running_mean is None or node.meta["val"].dim() != 4:
+    if module.running_mean is None:
         raise Unsupported("statistics of the batch")
+    _plane(reader, node)
     scale = (module.running_var.detach().double() + module.eps).rsqrt()
     shift = -module.running_mean.detach().double() * scale
     if module.weight is not None:
         scale, shift = scale * module.weight.detach(), shift * module.weight.detach() + module.bias.detach()
-    return _append(reader, Map(_input(reader, node), reader.new(), floats(scale), floats(shift)))
+    return reader.append(Map(_input(reader, node), reader.new(), floats(scale), floats(shift)))
 
 
 def _pool(reader: Reader, node: fx.Node, module: Any) -> int:
     """Of the module, or of the functional call with the same arguments."""
-    is_max = module is not None and isinstance(module, nn.MaxPool2d) or node.target in (F.max_pool2d, torch.max_pool2d)
+    is_max = isinstance(module, nn.MaxPool2d) or node.target in (F.max_pool2d, torch.max_pool2d)
     if module is None:
         kind = nn.MaxPool2d if is_max else nn.AvgPool2d
         if any(isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())):
@@ -227,7 +229,7 @@ def _pool(reader: Reader, node: fx.Node, module: Any) -> int:
         raise Unsupported("an unusual pooling")
     kernel, stride, padding = (_pair(x) for x in (module.kernel_size, module.stride, module.padding))
     counts = True if is_max else module.count_include_pad
-    return _append(reader, Pool(_input(reader, node), reader.new(), is_max, kernel, stride, padding, counts))
+    return reader.append(Pool(_input(reader, node), reader.new(), is_max, kernel, stride, padding, counts))
 
 
 def _pair(value: Any) -> Pair:
@@ -238,7 +240,7 @@ def _global_pool(reader: Reader, node: fx.Node, module: Any) -> int:
     size = module.output_size if module is not None else node.args[1] if len(node.args) > 1 else None
     if size not in (1, (1, 1), [1, 1]):
         raise Unsupported("a pooling to several places")
-    return _append(reader, Mean(_input(reader, node), reader.new()))
+    return reader.append(Mean(_input(reader, node), reader.new()))
 
 
 def _mean(reader: Reader, node: fx.Node, module: Any) -> int:
@@ -248,73 +250,69 @@ def _mean(reader: Reader, node: fx.Node, module: Any) -> int:
         raise Unsupported("a mean of something else than planes")
     if set(node.kwargs) - {"dim", "keepdim"} or len(node.args) > 3:
         raise Unsupported("a mean of another type")
-    mean = _append(reader, Mean(_input(reader, node), reader.new()))
-    return mean if keep else _append(reader, Flatten(mean, reader.new()))
+    mean = reader.append(Mean(_input(reader, node), reader.new()))
+    return mean if keep else reader.append(Flatten(mean, reader.new()))
 
 
 def _flatten(reader: Reader, node: fx.Node, module: Any) -> int:
-    """Whatever makes [N, C, H, W] to [N, C * H * W]."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    x, y = source.meta["val"].shape, node.meta["val"].shape
-    if len(x) != 4 or len(y) != 2 or x[0] != y[0] or x[0] * int(np.prod(x[1:])) != x[0] * y[1]:
+    """[N, C, H, W] to [N, C * H * W]."""
+    axes = (module.start_dim, module.end_dim) if module is not None else node.args[1:]
+    if axes not in ((1,), (1, -1), (1, 3)) or node.kwargs:
         raise Unsupported("another reshape")
-    return _append(reader, Flatten(_input(reader, node), reader.new()))
+    _plane(reader, node)
+    return reader.append(Flatten(_input(reader, node), reader.new()))
 
 
 def _linear(reader: Reader, node: fx.Node, module: Any) -> int:
-    if module.weight.numel() > LARGEST_LINEAR or node.meta["val"].dim() != 2:
-        raise Unsupported("a large linear layer")
+    if module.weight.numel() > LARGEST_LINEAR or len(reader.shapes[_input(reader, node)]) != 1:
+        raise Unsupported("a large linear layer, or one over a plane's columns")
     bias = np.zeros(module.out_features, np.float32) if module.bias is None else floats(module.bias)
-    return _append(reader, Linear(_input(reader, node), reader.new(), floats(module.weight), bias))
+    return reader.append(Linear(_input(reader, node), reader.new(), floats(module.weight), bias))
 
 
 def _cat(reader: Reader, node: fx.Node, module: Any) -> int:
     sources = node.args[0]
     axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    if not isinstance(sources, (tuple, list)) or axis not in (1, -3) or node.meta["val"].dim() != 4:
+    values = [reader.values[s] for s in sources if isinstance(s, fx.Node)] if isinstance(sources, (tuple, list)) else []
+    if axis not in (1, -3) or not values or any(len(reader.shapes[value]) != 3 for value in values):
         raise Unsupported("a concatenation of something else than channels")
-    return _append(reader, Cat(tuple(reader.values[s] for s in sources), reader.new()))  # type: ignore[index]
+    return reader.append(Cat(tuple(values), reader.new()))
 
 
 def _select(reader: Reader, node: fx.Node, module: Any) -> int:
     """x[:, a:b], or every so-many-th row and column: x[:, :, ::2, ::2]."""
-    index = node.args[1]
-    source = node.args[0]
-    if not isinstance(index, tuple) or not all(isinstance(i, slice) for i in index) or not isinstance(source, fx.Node):
+    channels = _plane(reader, node)[0]
+    index: Any = node.args[1]
+    if not isinstance(index, tuple) or not all(isinstance(i, slice) for i in index) or index[0] != slice(None):
         raise Unsupported("another indexing")
-    bounds = [bound for i in index for bound in (i.start, i.stop, i.step)]
-    shape = source.meta["val"].shape
-    if any(isinstance(bound, fx.Node) for bound in bounds) or len(shape) != 4 or index[0] != slice(None):
-        raise Unsupported("another indexing")
+    own, spatial = (*index, slice(None))[1], index[2:]
+    if any(isinstance(bound, fx.Node) for i in index for bound in (i.start, i.stop, i.step)):
+        raise Unsupported("bounds that are computed")
+    if any(i.start is not None or i.stop is not None for i in spatial):
+        raise Unsupported("a part of a plane")
     value = _input(reader, node)
-    if len(index) > 1 and index[1] != slice(None):
-        value = _append(reader, Select(value, reader.new(), tuple(range(shape[1])[index[1]])))
-    steps = [i.step or 1 for i in index[2:]] + [1] * (4 - max(len(index), 2))
-    if any(i.start is not None or i.stop is not None for i in index[2:]):
-        raise Unsupported("a part of the plane")
+    if own != slice(None):
+        value = reader.append(Select(value, reader.new(), tuple(range(channels)[own])))
+    steps = [i.step or 1 for i in spatial] + [1] * (2 - len(spatial))
     if steps != [1, 1]:
-        value = _append(reader, Pool(value, reader.new(), True, (1, 1), (steps[0], steps[1]), (0, 0)))
+        value = reader.append(Pool(value, reader.new(), True, (1, 1), (steps[0], steps[1]), (0, 0)))
     return value
 
 
 def _pad(reader: Reader, node: fx.Node, module: Any) -> int:
-    """Channels of zeros: a convolution that reads nothing."""
-    sizes = node.args[1] if len(node.args) > 1 else None
-    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-    fill = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0)
-    if not isinstance(sizes, (tuple, list)) or len(sizes) != 6 or any(sizes[:4]) or mode != "constant" or fill:
+    """Channels of zeros: convolutions that read nothing."""
+    arguments = dict(zip(("pad", "mode", "value"), node.args[1:], strict=False)) | node.kwargs
+    sizes: Any = arguments["pad"]
+    is_constant = arguments.get("mode", "constant") == "constant" and not arguments.get("value")
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 6 or any(sizes[:4]) or min(sizes) < 0 or not is_constant:
         raise Unsupported("a padding of planes")
-    value, xs = _input(reader, node), []
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    for count in (sizes[4], 0, sizes[5]):
-        if len(xs) == (1 if sizes[4] else 0) and count == 0 and value not in xs:
-            xs.append(value)
-        elif count:
-            zeros = np.zeros((int(count), _channels(source), 1, 1), np.float32)  # type: ignore[arg-type]
-            xs.append(_append(reader, Conv(value, reader.new(), zeros, zeros[:, 0, 0, 0].copy())))
-    return _append(reader, Cat(tuple(xs), reader.new()))
+    value, channels = _input(reader, node), _plane(reader, node)[0]
+    xs = [value]
+    for count, place in ((sizes[4], 0), (sizes[5], 2)):
+        if count:
+            zeros = np.zeros((count, channels, 1, 1), np.float32)
+            xs.insert(place, reader.append(Conv(value, reader.new(), zeros, np.zeros(count, np.float32))))
+    return reader.append(Cat(tuple(xs), reader.new()))
 
 
 def floats(tensor: Tensor) -> Floats:
@@ -330,7 +328,7 @@ LAYERS: dict[Any, LayerOf] = {
     **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d), _pool),
     **dict.fromkeys((nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d), _global_pool),
     **dict.fromkeys((torch.mean, "mean"), _mean),
-    **dict.fromkeys((nn.Flatten, torch.flatten, "flatten", "view", "reshape", torch.reshape), _flatten),
+    **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), _flatten),
     **dict.fromkeys((torch.cat, torch.concat), _cat),
     operator.getitem: _select,
     F.pad: _pad,

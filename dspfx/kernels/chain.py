@@ -1,6 +1,6 @@
 """A chain of layers as the native kernels know it: values with numbers, and layers that make values of others.
 
-    Chain(inputs=1, layers=(Conv(x=0, y=1, ...), Mean(x=1, y=2), Flatten(x=2, y=3), Linear(x=3, y=4, ...)), outputs=(4,))
+    Chain(inputs=1, layers=(Conv(x=0, y=1, ...), Mean(1, 2), Flatten(2, 3), Linear(3, 4, ...)), outputs=(4,))
 
 A value is a feature map of one image, [C, H, W], or a vector of features.
 """
@@ -125,7 +125,7 @@ class Chain:
         """The shape of every value, of one image; InputError where a layer cannot have such an input."""
         found = dict(enumerate(inputs))
         for layer in self.layers:
-            found[layer.y] = _shape(layer, found)
+            found[layer.y] = shape_of(layer, found)
             if min(found[layer.y]) < 1:
                 raise InputError(
                     f"a {type(layer).__name__} of this chain makes {found[layer.y]} of an image {inputs[0]}; give "
@@ -142,7 +142,8 @@ def reads(layer: Layer) -> tuple[int, ...]:
     return (layer.x,) if other is None else (layer.x, other)
 
 
-def _shape(layer: Layer, known: dict[int, Shape]) -> Shape:
+def shape_of(layer: Layer, known: dict[int, Shape]) -> Shape:
+    """The shape of a layer's value, of one image; InputError where it cannot read what it is given."""
     if isinstance(layer, Cat):
         return (sum(known[x][0] for x in layer.xs), *known[layer.xs[0]][1:])
     x = known[layer.x]

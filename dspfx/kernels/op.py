@@ -98,10 +98,10 @@ def _native(
     versions = tuple((id(t), t._version) for t in (packed, bias, structure) if t is not None)
     known = _engines.get(packed)
     if known is None or known[0] != (versions, options):
-        read, _ = check_call(input, packed, bias, structure, *rest)
+        checked, _ = check_call(input, packed, bias, structure, *rest)
         engine = _engine(packed, bias, structure, options)
         # The bias and the structure are kept, so that no others can have their ids.
-        _engines[packed] = known = ((versions, options), read, engine, (bias, structure))
+        _engines[packed] = known = ((versions, options), checked, engine, (bias, structure))
     read: Structure = known[1]
     if [read.out_channels, *read.kernel] != list(size):
         raise InputError(

@@ -8,7 +8,7 @@ summands of an addition) share one geometry.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dspfx.kernels.chain import Shape
 

@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 
 from dspfx.errors import StorageError
 from dspfx.graph.layers import is_plain
-from dspfx.graph.traced import TracedModule
 from dspfx.graph.tracer import attribute
 from dspfx.grouped import EMPTY, PaddedGroupConv2d
 from dspfx.modules import GroupConv2d
+from dspfx.native import NativeChain
 from dspfx.plans import Group
 from dspfx.storage.allowed import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, LAYER_NAMES, LAYERS, METHODS
 from dspfx.storage.values import check_identifier, decode_value, encode_value, expect, look_up, short
@@ -32,11 +32,12 @@ _RESERVED = frozenset(
 )
 _WIDEST = 2**20  # channels; no layer has more
 _OPTIONS = ("stride", "padding", "dilation", "bias", "padding_mode")  # of a GroupConv2d's branches
+NATIVE = "dspfx.NativeChain"
 _SPLIT = (GroupConv2d, PaddedGroupConv2d)
 _INSTEAD = "Store this network with torch.export, or save the prepared one (dspfx.save before dspfx.lower) instead."
 
 
-def encode_network(gm: TracedModule) -> dict[str, Any]:
+def encode_network(gm: fx.GraphModule) -> dict[str, Any]:
     """The JSON of `gm`'s graph and layers; StorageError that names what is not in the tables."""
     called = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
     inner = next((a for a in called for b in called if a.startswith(f"{b}.")), None)
@@ -152,6 +153,8 @@ def _check_receiver(name: str, function: Any, values: tuple[Any, ...], named: di
 
 
 def _encode_layer(name: str, module: nn.Module) -> tuple[str, dict[str, Any]]:
+    if type(module) is NativeChain:
+        return NATIVE, {"network": encode_network(module.plain)}
     known = next((k for k in type(module).__mro__ if k in LAYER_NAMES), None)
     changed = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     # A subclass that computes what torch's class computes is stored as that class.
@@ -195,6 +198,8 @@ def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def _decode_layer(kind: Any, options: Any) -> nn.Module:
+    if kind == NATIVE:
+        return _decode_native(options)
     layer = look_up(LAYERS, kind, "a storable layer")
     values = {k: decode_value(v, {}) for k, v in expect(options, dict, f"the arguments of a {kind}").items()}
     allowed = {"in_channels", "out_channels", "kernel_size", "groups", *_OPTIONS}
@@ -208,6 +213,16 @@ def _decode_layer(kind: Any, options: Any) -> nn.Module:
         values["groups"] = _decode_groups(values, layer is PaddedGroupConv2d)
     with torch.device("meta"):
         return layer(**values)
+
+
+def _decode_native(options: Any) -> NativeChain:
+    network = expect(expect(options, dict, "a native chain").get("network"), dict, "a native chain's network")
+    if any(
+        NATIVE in entry for entry in expect(network.get("layers"), list, "the list of layers") if type(entry) is list
+    ):
+        raise StorageError("a native chain is part of another one")
+    root, graph = decode_network(network)
+    return NativeChain(fx.GraphModule(root, graph)).eval()
 
 
 def _decode_groups(values: dict[str, Any], padded: bool) -> tuple[Group, ...]:
