@@ -79,9 +79,13 @@ class GpuConv:
     chosen: dict[tuple[Any, ...], Blocks] = field(default_factory=dict)
 
     def candidates(self) -> list[Blocks]:
-        """The blocks that are no larger than the largest group."""
-        tiles, most = self.layout.tiles, self.layout.most_channels
-        return [b for b in CANDIDATES if b.filters in tiles and b.channels <= most]
+        """The blocks that are no larger than the largest group.
+
+        Exact float32 takes no tensor cores; steps of 64 channels, compiled for it, do not fit into registers.
+        """
+        is_exact = self.layout.weight.dtype == torch.float32 and self.precision == "ieee"
+        most = min(self.layout.most_channels, 32) if is_exact else self.layout.most_channels
+        return [b for b in CANDIDATES if b.filters in self.layout.tiles and b.channels <= most]
 
     def __call__(
         self,

@@ -134,6 +134,7 @@ def interpret() -> dict[str, Any]:
     found["cached"] = cached()
     nan = case(6, 4, UNEVEN, activation="relu")
     nan["input"][0, 1, 3, 3] = torch.nan  # read by filters 4 and 0
+    nan["input"][0, 0] = torch.inf  # read by none; index lists are padded with it
     packed, structure = pack(nan["weight"].float(), UNEVEN)
     y = group_conv2d(nan["input"].float(), packed, None, structure, padding=(1, 1), activation="relu6")
     found["NaN"] = [bool(plane.isnan().any()) for plane in y[0]]
@@ -213,6 +214,17 @@ def test_layout_is_as_documented() -> None:
         assert torch.equal(panel[tap, :3, :2], weight[[4, 0]][:, [1, 3, 2], 0, tap].T)
     assert layout.weight.count_nonzero() == 2 * (2 * 3 + 1)
     assert len(layout.weight) == 16 + 2 * 512
+
+
+def test_blocks_fit_the_groups_and_the_registers() -> None:
+    packed, structure = pack(torch.randn(132, 140, 1, 1), WIDE)
+    exact, rounded, half = (
+        prepare_gpu(*args).candidates()
+        for args in ((packed, structure), (packed, structure, True), (packed.half(), structure))
+    )
+    assert rounded == half == list(CANDIDATES)
+    assert exact == [b for b in CANDIDATES if b.channels < 64]
+    assert prepared(CASES["3x3"]).candidates() == [b for b in CANDIDATES if b.filters == b.channels == 16]
 
 
 def test_tiles_split_wide_groups_and_stand_in_order_of_work() -> None:
@@ -304,6 +316,14 @@ def test_without_triton_it_imports_and_says_what_is_missing(conv: GpuConv, monke
 def test_available_means_a_cuda_device() -> None:
     pytest.importorskip("triton")
     assert is_available() == torch.cuda.is_available()
+
+
+@pytest.mark.skipif(is_available(), reason="there is a CUDA device")
+def test_benchmark_says_what_it_needs() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_conv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    message = "benchmarks.gpu_conv needs triton and a CUDA device, and one of them is missing here.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
 
 
 # Without a GPU the kernel still compiles to the code of one, down to its machine code.
