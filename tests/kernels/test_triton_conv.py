@@ -6,11 +6,13 @@ program, which prints the errors of all cases as JSON.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +391,57 @@ def test_runs_are_read_and_written_in_vectors(compiled: Any, capability: int) ->
     narrow = r"ld\.global\S*\.b16|st\.global\S*\.b16"
     assert not re.search(narrow, runs)
     assert re.search(narrow, single)
+
+
+class NoDevice:
+    """What triton asks of a GPU before it compiles a call for it."""
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+class Compiles:
+    """In the kernel's place: compiles what it is launched with, and launches nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.sizes = kernel, list[int]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            done = self.kernel.run(*args, grid=grid, warmup=True, **options)
+            self.sizes.append(len(done.asm["cubin"]))
+
+        return launch
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    pytest.importorskip("triton")
+    kernel, driver = (
+        importlib.import_module(name) for name in ("dspfx.kernels.triton_kernel", "triton.runtime.driver")
+    )
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("dspfx.kernels.triton_conv._check_limits", lambda *_: None)
+    monkeypatch.setattr(kernel, "IS_INTERPRETED", True)  # nothing to measure either
+    monkeypatch.setattr(kernel, "conv_kernel", Compiles(kernel.conv_kernel))
+    monkeypatch.setattr(driver.driver, "_active", NoDevice())  # its own reset looks for a GPU
+    return kernel.conv_kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["batch of 3, stride 2x1", "one filter, one channel", "no group", "runs of eight"])
+def test_calls_compile_as_they_are_launched(compiling: Compiles, name: str, dtype: torch.dtype) -> None:
+    call: dict[str, Any] = {key: x.to(dtype) if isinstance(x, Tensor) else x for key, x in CASES[name].items()}
+    packed, structure = pack(call.pop("weight"), call.pop("groups"))
+    prepare_gpu(packed, structure)(**call)
+    assert len(compiling.sizes) == 1
+    assert compiling.sizes[0] > 1000
 
 
 # On a GPU.
