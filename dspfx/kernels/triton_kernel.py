@@ -4,6 +4,9 @@ Importing this needs triton; `dspfx.kernels.triton_conv` imports it when it is c
 describes that.
 """
 
+# triton reads the kernels' annotations as its own types: what is none of them stands without one.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import contextlib
@@ -19,7 +22,7 @@ T = TypeVar("T")
 
 
 @triton.jit
-def activate(y: Any, ACTIVATION: tl.constexpr) -> Any:
+def activate(y, ACTIVATION: tl.constexpr):
     """The activation in float32; NaN stays NaN, as in torch."""
     if ACTIVATION == "relu":
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -34,25 +37,27 @@ def activate(y: Any, ACTIVATION: tl.constexpr) -> Any:
 
 @triton.jit
 def conv_kernel(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    residual: Any,
-    y: Any,
-    tiles: Any,
-    channels: Any,
-    filters: Any,
-    tile_count: Any,
-    pixels: Any,
-    area: Any,
-    out_width: Any,
-    out_channels: Any,
-    height: Any,
-    width: Any,
-    x_n: Any,
-    x_c: Any,
-    x_h: Any,
-    x_w: Any,
+    x,
+    weight,
+    bias,
+    residual,
+    y,
+    tiles,
+    channels,
+    filters,
+    tile_count,
+    pixels,
+    area,
+    out_width,
+    y_n,
+    y_c,
+    y_p,
+    height,
+    width,
+    x_n,
+    x_c,
+    x_h,
+    x_w,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -62,6 +67,8 @@ def conv_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     FLAT: tl.constexpr,
+    RUN: tl.constexpr,
+    FILTER_RUN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -70,21 +77,22 @@ def conv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> Any:
+):
     """One program: BLOCK_M pixels of the output times BLOCK_N filters of one group.
 
     Programs of the same pixels follow each other, so that what they read is in the cache. FLAT says that the output's
-    pixels are the input's, one after the other (1x1, stride 1, no padding, rows without gaps).
+    pixels are the input's, one after the other (1x1, stride 1, no padding, rows without gaps); RUN and FILTER_RUN that
+    the lists consist of so many consecutive channels, or filters, at a time, the first one a multiple of that number.
     """
     program = tl.program_id(0)
     row = tiles + (program % tile_count) * COLUMNS
     first_channel = tl.load(row)
-    channel_count = tl.load(row + 1).to(tl.int32)
+    channel_count = tl.multiple_of(tl.load(row + 1).to(tl.int32), RUN)
     padded_channels = tl.multiple_of(tl.load(row + 2).to(tl.int32), 16)
     first_weight = tl.multiple_of(tl.load(row + 3), 16)
     padded_filters = tl.multiple_of(tl.load(row + 4).to(tl.int32), 16)
     first_filter = tl.load(row + 5)
-    filter_count = tl.load(row + 6).to(tl.int32)
+    filter_count = tl.multiple_of(tl.load(row + 6).to(tl.int32), FILTER_RUN)
 
     m = (program // tile_count) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
@@ -102,7 +110,8 @@ def conv_kernel(
     for step in range(KERNEL_H * KERNEL_W * blocks):
         tap = step // blocks
         own = (step - tap * blocks) * BLOCK_K + k
-        channel = tl.load(channels + first_channel + own)  # padded: no mask
+        # The lists are padded: no mask. Of a run, the compiler knows that what it reads stands together.
+        channel = tl.multiple_of(tl.load(channels + first_channel + own // RUN * RUN), RUN) + own % RUN
         if FLAT:
             offset = pixel * x_w
             is_inside = is_pixel
@@ -120,11 +129,12 @@ def conv_kernel(
         total = tl.dot(a, b, total, input_precision=PRECISION)
 
     is_filter = n < filter_count
-    o = tl.load(filters + first_filter + n, mask=is_filter, other=0)
+    o = tl.load(filters + first_filter + n // FILTER_RUN * FILTER_RUN, mask=is_filter, other=0)
+    o = tl.multiple_of(o, FILTER_RUN) + n % FILTER_RUN
     if HAS_BIAS:
         total += tl.load(bias + o, mask=is_filter, other=0.0).to(tl.float32)[None, :]
-    place = (image.to(tl.int64) * out_channels * area + pixel)[:, None]
-    plane = (o * area)[None, :]
+    place = (image.to(tl.int64) * y_n + pixel * y_p)[:, None]
+    plane = (o * y_c)[None, :]
     is_output = is_pixel[:, None] & is_filter[None, :]
     if HAS_RESIDUAL:
         total += tl.load(residual + place + plane, mask=is_output, other=0.0).to(tl.float32)

@@ -148,7 +148,7 @@ def test_other_dtypes_keep_theirs(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
-def refusal(kind: type[DspfxError], message: str) -> Any:
+def check_refusal(kind: type[DspfxError], message: str) -> Any:
     return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
@@ -179,7 +179,7 @@ def refusal(kind: type[DspfxError], message: str) -> Any:
 )
 def test_indices_that_make_no_structure_are_refused(options: dict[str, Any], message: str) -> None:
     sizes: dict[str, Any] = {"out_channels": 6, "in_channels": 4, "kernel": (3, 3), "groups": UNEVEN}
-    with refusal(ConfigError, message):
+    with check_refusal(ConfigError, message):
         Structure(**(sizes | options))
 
 
@@ -220,12 +220,12 @@ WANTED = "it has to be 1-D, torch.int32 and on the CPU, as pack makes it."
 )
 def test_tensors_that_are_no_structure_are_refused(tensor: Tensor | list[int], message: str) -> None:
     tensor = torch.tensor(tensor, dtype=torch.int32) if isinstance(tensor, list) else tensor
-    with refusal(InputError, message):
+    with check_refusal(InputError, message):
         Structure.read(tensor)
 
 
 def test_numbers_of_a_tensor_are_checked_like_any_others() -> None:
-    with refusal(ConfigError, "group 0 holds filter 2; the layer's filters are 0 to 1."):
+    with check_refusal(ConfigError, "group 0 holds filter 2; the layer's filters are 0 to 1."):
         Structure.read(torch.tensor([2, 2, 1, 1, 1, 1, 1, 2, 0], dtype=torch.int32))
 
 
@@ -319,16 +319,16 @@ def test_calls_whose_arguments_do_not_fit_are_refused(
     kind: type[DspfxError], options: dict[str, Any], message: str
 ) -> None:
     assert reference(**valid()).shape == (2, 6, 3, 4)
-    with refusal(kind, message):
+    with check_refusal(kind, message):
         reference(**(valid() | options))
 
 
 def test_pack_and_unpack_name_what_does_not_fit() -> None:
-    with refusal(InputError, "pack got a weight of shape (6, 4, 3); it has to be [O, C, kh, kw]."):
+    with check_refusal(InputError, "pack got a weight of shape (6, 4, 3); it has to be [O, C, kh, kw]."):
         pack(torch.zeros(6, 4, 3), UNEVEN)
-    with refusal(ConfigError, "group 0 holds channel 3; the layer's channels are 0 to 2."):
+    with check_refusal(ConfigError, "group 0 holds channel 3; the layer's channels are 0 to 2."):
         pack(torch.zeros(6, 3, 1, 1), UNEVEN)
     packed, structure = pack(torch.zeros(6, 4, 1, 1), UNEVEN)
     message = "the packed weight has shape (6,), and its structure needs [7]; give the two that one call of pack made."
-    with refusal(InputError, message):
+    with check_refusal(InputError, message):
         unpack(packed[1:], structure)
