@@ -21,7 +21,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 demo: $(STAMP)
 	$(BIN)/python -m dspfx compress --model resnet20 --data digits --budget flops=0.35 --out $(DEMO_OUT)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dspfx.graph.native_layers import floats
 from dspfx.graph.to_chain import chain_of
 from dspfx.kernels.chain import Shape
 from dspfx.kernels.engine import Engine
 from dspfx.kernels.library import library_or_none
+from dspfx.kernels.tiles import conv_tiles
 
 
 class NativeChain(nn.Module):
@@ -40,6 +42,17 @@ class NativeChain(nn.Module):
             outputs = self.engine(inputs)(list(inputs))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
+    def computed(self) -> dict[str, float]:
+        """By name in `plain`, the share of each convolution's multiply-adds that are computed: not those with zeros."""
+        kernels = library_or_none()
+        shares = {}
+        for name, layer in self.plain.named_modules():
+            if isinstance(layer, nn.Conv2d) and kernels is not None:
+                tiles = conv_tiles(floats(layer.weight), layer.groups, kernels.max_filters)
+                pairs = sum(len(tile.filters) * len(tile.channels) for tile in tiles)
+                shares[name] = pairs / (layer.weight.shape[0] * layer.weight.shape[1])
+        return shares
+
     def engine(self, inputs: Sequence[Tensor]) -> Engine:
         """The chain, packed for this machine; anew where a weight is another one or was changed in place.
 
@@ -63,11 +76,17 @@ class NativeChain(nn.Module):
         for x in inputs:
             if type(x) not in _PLAIN or x.dtype != torch.float32 or x.device.type != "cpu":
                 return False
+            if x.shape[0] != inputs[0].shape[0]:  # one of them is no batch
+                return False
         if torch.is_grad_enabled():
             own = (t for _, _, t, _ in self._packed) if self._engine else self.plain.parameters()
             if any(t.requires_grad for t in (*inputs, *own)):
                 return False
-        is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
+        is_recorded = (
+            torch.compiler.is_exporting()
+            or torch._C._get_tracing_state() is not None
+            or torch.is_autocast_enabled("cpu")
+        )
         return not (is_recorded or self.training) and library_or_none() is not None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ from dspfx.modules import GatedLayer
 from dspfx.passes.apply_masks import apply_masks
 from dspfx.passes.choose_form import LowerOptions, confirm_forms
 from dspfx.passes.fold_batchnorm import fold_batchnorm
-from dspfx.passes.fuse_native import fuse_native, pairs_run
+from dspfx.passes.fuse_native import fuse_native
 from dspfx.passes.insert_gates import insert_gates
 from dspfx.passes.lay_out import lay_out
 from dspfx.passes.lift_layers import lift_layers
@@ -245,9 +245,15 @@ def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[E
     for index, (name, plan) in enumerate(plans.items()):
         if index < 2 or (plan.ms or 0.0) <= HOPEFUL * best:  # what is not slower has to be shown for the first two
             yield Entrant(name, partial(_carried_out, copy.deepcopy(gm), plan, fold), plan.ms)
-    if runtime in NATIVE and table.device.type == "cpu" and table.dtype == torch.float32 and fold and library_or_none():
+    if fold and runtime in NATIVE and _is_plain_float(gm) and library_or_none() is not None:
         plan = plans.get("dead channels removed", plans["dense"])
-        yield Entrant("native kernels", lambda: _native(_carried_out(copy.deepcopy(gm), plan, fold)))
+        make = partial(_carried_out, copy.deepcopy(gm), plan, fold)
+        yield Entrant("native kernels", lambda: fuse_native(make()), is_checked=True)
+
+
+def _is_plain_float(gm: Network) -> bool:
+    """True for a network in float32 on the CPU, which the native kernels are for."""
+    return all(p.device.type == "cpu" and p.dtype == torch.float32 for p in gm.parameters())
 
 
 def _costs(gm: Network, runtime: str, threads: int) -> CostTable:
@@ -280,20 +286,4 @@ def _carried_out(gm: Network, plan: LowerPlan, fold: bool) -> Network:
     network_meta(gm)["lower_plan"] = plan
     for part in parts_of(gm).values():
         propagate(part, part.meta["inputs"])
-    return gm
-
-
-def _native(gm: Network) -> Network:
-    """A lowered network with what the native kernels can run in their hands, and its plan saying so."""
-    fuse_native(gm)
-    pairs = pairs_run(gm)
-    plan: LowerPlan = network_meta(gm)["lower_plan"]
-    network_meta(gm)["lower_plan"] = LowerPlan(
-        tuple(
-            replace(layer, form="native", ms=None, macs_run=layer.macs_run * pairs[layer.name] // dense)
-            if layer.name in pairs and (dense := len(layer.filters) * max(len(layer.channels), 1))
-            else layer
-            for layer in plan.layers
-        )
-    )
     return gm

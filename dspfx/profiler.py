@@ -17,6 +17,7 @@ from dspfx.config import Inputs
 from dspfx.graph.inputs import describe_inputs, guess_inputs, materialise, tensors_of
 from dspfx.graph.samples import with_samples
 from dspfx.graph.traced import network_meta
+from dspfx.native import NativeChain
 from dspfx.plans import Plan
 
 
@@ -80,7 +81,8 @@ class Profile(Plan):
 def profile(model: nn.Module, example_inputs: Any = None) -> Profile:
     """FLOPs, parameters and bytes of any model: ordinary, prepared or lowered; it is left as it was.
 
-    A prepared or pruned network counts as the dense network that it still is; lower it to see what is saved.
+    A prepared or pruned network counts as the dense network that it still is; lower it to see what is saved. What runs
+    in native kernels counts without the multiply-adds with zeros that these leave out.
 
     Args:
         model: any module; it runs in eval mode, on a copy.
@@ -96,6 +98,9 @@ def profile(model: nn.Module, example_inputs: Any = None) -> Profile:
     inputs = describe_inputs(model, with_samples(Inputs.of(example_inputs), 1))
     network = copy.deepcopy(model).eval()  # fvcore puts hooks on what it counts, and leaves them there if it fails
     flops, uncounted = _count(network, inputs)
+    for name, native in network.named_modules():
+        for inner, share in native.computed().items() if isinstance(native, NativeChain) else ():
+            flops[f"{name}.plain.{inner}"] = round(flops[f"{name}.plain.{inner}"] * share)
     seen: set[int] = set()
     layers = []
     for name, module in network.named_modules():

@@ -8,44 +8,50 @@ A chain has at least one convolution, is connected, and no path leaves it and co
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from dspfx.graph.aliases import overwrites
-from dspfx.graph.to_chain import floats, is_supported
-from dspfx.graph.traced import Model, TracedModule, parts_of
-from dspfx.kernels.library import library
-from dspfx.kernels.tiles import conv_tiles
+from dspfx.graph.to_chain import is_supported
+from dspfx.graph.traced import Model, TracedModule, network_meta, parts_of
 from dspfx.native import NativeChain
+from dspfx.passes.simplify_moves import simplify_moves
+from dspfx.plans import LowerPlan
 
 NAME = "native"
 
 
 def fuse_native(model: Model) -> Model:
-    """Rewrites the parts of a lowered network in place; every node has its value (`propagate`)."""
+    """Rewrites the parts of a lowered network in place, and its plan; every node has its value (`propagate`)."""
     for part in parts_of(model).values():
-        _flatten_views(part)
+        simplify_moves(part)
         for members in _segments(part):
             _fuse(part, members)
         stable_topological_sort(part)
         part.graph.lint()
         part.recompile()
+    _tell(model)
     return model
 
 
-def pairs_run(model: nn.Module) -> dict[str, int]:
-    """By name, for each convolution in a NativeChain: the (filter, input channel) pairs that are computed."""
-    found = {}
+def _tell(model: nn.Module) -> None:
+    """Has the network's LowerPlan say which layers are in chains, and what they compute there."""
+    shares: dict[str, float] = {}
     for name, chain in model.named_modules():
         if isinstance(chain, NativeChain):
-            for inner, layer in chain.plain.named_modules():
-                if isinstance(layer, nn.Conv2d):
-                    path = f"{name.rpartition('.')[0]}.{inner}" if "." in name else inner
-                    tiles = conv_tiles(floats(layer.weight), layer.groups, library().max_filters)
-                    found[path] = sum(len(t.filters) * len(t.channels) for t in tiles)
-    return found
+            prefix = name.rpartition(".")[0]
+            shares |= {f"{prefix}.{inner}".lstrip("."): share for inner, share in chain.computed().items()}
+    plan: LowerPlan = network_meta(model)["lower_plan"]
+    network_meta(model)["lower_plan"] = LowerPlan(
+        tuple(
+            replace(layer, form="native", ms=None, macs_run=round(layer.macs_run * shares[layer.name]))
+            if layer.name in shares
+            else layer
+            for layer in plan.layers
+        )
+    )
 
 
 def _segments(part: TracedModule) -> list[list[fx.Node]]:
@@ -122,39 +128,3 @@ def _replace(graph: fx.Graph, call: fx.Node, outputs: list[fx.Node]) -> None:
                 new = graph.call_function(operator.getitem, (call, index))
             new.meta["val"] = values[index]
         node.replace_all_uses_with(new)
-
-
-def _flatten_views(part: TracedModule) -> None:
-    """x.view(x.size(0), -1) becomes torch.flatten(x, 1): a size is no tensor, and would stand outside of any chain."""
-    for node in list(part.graph.nodes):
-        if node.target not in ("view", "reshape", torch.reshape) or len(node.args) != 3:
-            continue
-        source, batch, rest = node.args
-        before, after = source.meta.get("val"), node.meta.get("val")
-        if not isinstance(before, Tensor) or not isinstance(rest, int) or before.dim() != 4:
-            continue
-        if tuple(after.shape) != (before.shape[0], before[0].numel()) or not (
-            _is_first_size(batch, source) or (batch == -1 and rest > 0)
-        ):
-            continue
-        with part.graph.inserting_before(node):
-            flat = part.graph.call_function(torch.flatten, (source, 1))
-        flat.meta["val"] = after
-        node.replace_all_uses_with(flat)
-        sizes = (batch, batch.args[0]) if isinstance(batch, fx.Node) else ()
-        for unused in (node, *sizes):  # not what changes something in place: that has no users, either
-            if not unused.users and unused is not source:
-                part.graph.erase_node(unused)
-
-
-def _is_first_size(batch: object, source: fx.Node) -> bool:
-    """True for x.size(0) and x.shape[0]."""
-    if not isinstance(batch, fx.Node):
-        return False
-    if batch.target == "size":
-        return batch.args == (source, 0)
-    shape = batch.args[0] if batch.target is operator.getitem and batch.args[1:] == (0,) else None
-    return isinstance(shape, fx.Node) and (
-        (shape.target is getattr and shape.args == (source, "shape"))
-        or (shape.target == "size" and shape.args == (source,))
-    )

@@ -16,6 +16,7 @@ from dspfx.errors import BudgetError
 from dspfx.kernels.library import library_or_none
 from dspfx.modules import GatedConv2d
 from dspfx.native import NativeChain
+from dspfx.passes.fuse_native import fuse_native
 from tests.compare import error, forced, run
 from tests.random_networks import SIZES, Program, programs
 from tests.test_random_networks import images
@@ -60,7 +61,7 @@ def check_same(network: nn.Module, exact: nn.Module, inputs: tuple[Tensor, ...])
 def test_native_network_equals_the_plain_one(entry: ZooEntry) -> None:
     gm = thinned(entry.build(), entry.inputs(3))
     plain = forced(gm, "dense")
-    network = pipeline._native(copy.deepcopy(plain))
+    network = fuse_native(copy.deepcopy(plain))
     for batch, size in ((3, entry.sizes()[0]), (1, entry.sizes()[-1])):
         check_same(network, copy.deepcopy(plain).double(), entry.inputs(batch, *size, seed=batch))
     for chain in chains(network):
@@ -71,6 +72,6 @@ def test_native_network_equals_the_plain_one(entry: ZooEntry) -> None:
 def test_native_random_network_equals_the_plain_one(program: Program) -> None:
     note(program.source())
     plain = forced(thinned(program.build(), (images(2, SIZES[0]),)), "dense")
-    network = pipeline._native(copy.deepcopy(plain))
+    network = fuse_native(copy.deepcopy(plain))
     for batch, size in ((3, SIZES[1]), (1, SIZES[0])):
         check_same(network, copy.deepcopy(plain).double(), (images(batch, size),))

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
-TYPED = "dspfx/py.typed"
+DATA = ("dspfx/py.typed", "dspfx/kernels/native.cpp")
 
 
 def _run(*command: str, cwd: Path) -> str:
@@ -28,7 +28,7 @@ def _sources(*folders: str) -> list[str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is packaged, so that the build leaves nothing in the working tree."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "LICENSE", "README.md", TYPED, *_sources("passes"), *_sources("dspfx")):
+    for name in ("pyproject.toml", "LICENSE", "README.md", *DATA, *_sources("passes"), *_sources("dspfx")):
         if (ROOT / name).exists() and not name.startswith("dspfx/passes/"):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
@@ -48,7 +48,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     library = [name for name in _sources("dspfx") if not name.startswith("dspfx/passes/")]
-    assert sorted(names) == sorted([TYPED, *library, *(f"dspfx/{name}" for name in _sources("passes"))])
+    assert sorted(names) == sorted([*DATA, *library, *(f"dspfx/{name}" for name in _sources("passes"))])
 
 
 def test_wheel_imports_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_the_networks_that_compete_stand_in_the_order_of_their_risk(stage: Stage
 
 def test_equal_plans_compete_once(stage: Stage) -> None:
     lower(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)), IMAGE)
-    assert list(stage.entrants) == ["dense"]
+    assert [name for name in stage.entrants if name != "native kernels"] == ["dense"]
 
 
 def test_batch_norms_stay_where_they_shall(stage: Stage) -> None:
@@ -176,7 +176,7 @@ def test_batch_norms_stay_where_they_shall(stage: Stage) -> None:
     for fold in (True, False):
         lower(model, IMAGE, fold=fold)
         found = [any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) for net in stage.networks.values()]
-        assert found == [not fold]
+        assert set(found) == {not fold}
 
 
 @pytest.mark.parametrize("name", ["resnet_bottleneck", "group_norm", "shufflenet_v2"])

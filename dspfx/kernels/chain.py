@@ -8,7 +8,7 @@ A value is a feature map of one image, [C, H, W], or a vector of features.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from dspfx.errors import InputError
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Pair = tuple[int, int]
 Shape = tuple[int, ...]
-Activation = Literal["none", "relu", "relu6", "hardswish", "silu"]
-ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "relu6", "hardswish", "silu")  # by their numbers in native.cpp
+Activation = Literal["none", "relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)  # by their numbers in native.cpp
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +54,17 @@ class Map:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """x times `factors` [C, 1, 1]."""
+
+    x: int
+    factors: int
+    y: int
+
+
+@dataclass(frozen=True)
 class Pool:
-    """The maximum or the mean of windows, as torch's max_pool2d and avg_pool2d."""
+    """The maximum or the mean of windows, as torch's max_pool2d (perhaps in ceil_mode) and avg_pool2d."""
 
     x: int
     y: int
@@ -64,6 +73,7 @@ class Pool:
     stride: Pair
     padding: Pair
     counts_pad: bool = True
+    ceil: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class Linear:
     activation: Activation = "none"
 
 
-Layer = Conv | Map | Pool | Mean | Cat | Select | Flatten | Linear
+Layer = Conv | Map | Scale | Pool | Mean | Cat | Select | Flatten | Linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +148,8 @@ def reads(layer: Layer) -> tuple[int, ...]:
     """The values that a layer reads."""
     if isinstance(layer, Cat):
         return layer.xs
+    if isinstance(layer, Scale):
+        return layer.x, layer.factors
     other = layer.residual if isinstance(layer, Conv) else layer.second if isinstance(layer, Map) else None
     return (layer.x,) if other is None else (layer.x, other)
 
@@ -156,7 +168,7 @@ def shape_of(layer: Layer, known: dict[int, Shape]) -> Shape:
         return (layer.weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes))
     if isinstance(layer, Pool):
         pooled = zip(x[1:], layer.kernel, layer.stride, layer.padding, strict=True)
-        return (x[0], *((n + 2 * p - k) // s + 1 for n, k, s, p in pooled))
+        return (x[0], *(_pooled(n, k, s, p, layer.ceil) for n, k, s, p in pooled))
     if isinstance(layer, Mean):
         return (x[0], 1, 1)
     if isinstance(layer, Select):
@@ -168,3 +180,12 @@ def shape_of(layer: Layer, known: dict[int, Shape]) -> Shape:
             raise InputError(f"a linear layer of this chain reads {layer.weight.shape[1]} features and gets {x}.")
         return (layer.weight.shape[0],)
     return x
+
+
+def _pooled(size: int, kernel: int, stride: int, padding: int, ceil: bool) -> int:
+    """A last window that starts behind the pixels does not count."""
+    spare = size + 2 * padding - kernel
+    if not ceil:
+        return spare // stride + 1
+    count = -(-spare // stride) + 1
+    return count - 1 if (count - 1) * stride >= size + padding else count

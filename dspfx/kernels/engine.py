@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspfx.errors import InputError
 from dspfx.kernels.chain import Chain, Shape
 from dspfx.kernels.library import library
-from dspfx.kernels.program import Builder, Packed, Program
+from dspfx.kernels.packed import Packed
+from dspfx.kernels.program import Builder, Program
 
 HUGE_PAGE = 1 << 21
 KEPT = 8  # programs; a network that meets ever new sizes shall not keep a workspace for each
@@ -44,6 +46,9 @@ class Engine:
         if loaded is None:
             loaded = self._load(shapes)
         images = inputs[0].shape[0]
+        if any(x.shape[0] != images or x.dtype != torch.float32 or x.device.type != "cpu" for x in inputs):
+            kinds = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in inputs)
+            raise InputError(f"a chain got {kinds}; it takes float32 on the CPU, as many images in each.")
         outputs = [torch.empty((images, *shape)) for shape in loaded.program.outputs]
         self._run(loaded, inputs, outputs, images, threads or torch.get_num_threads())
         return outputs

@@ -50,13 +50,13 @@ def processor_features() -> str:
     return next((name for name in FEATURES if name in found), "portable")
 
 
-def build_library(features: str, folder: Path | None = None) -> Path:
-    """The library for a processor with these features, compiled unless the cache folder has it.
+def build_library(features: str, folder: Path | None = None, extra: tuple[str, ...] = ()) -> Path:
+    """The library for a processor with these features, compiled (with extra flags) unless the cache folder has it.
 
     Raises RuntimeBuildError where there is no compiler (`c++`, or what the environment's CXX names), or it fails.
     """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = (*FLAGS, *FEATURES.get(features, ()))
+    flags = (*FLAGS, *FEATURES.get(features, ()), *extra)
     key = hashlib.sha256(repr((SOURCE.read_bytes(), flags, compiler)).encode()).hexdigest()[:16]
     folder = folder or user_cache_path("dspfx", appauthor=False)
     path = folder / f"native-{features.lower()}-{key}.so"
@@ -71,7 +71,10 @@ def build_library(features: str, folder: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="native-") as scratch:
             made = Path(scratch) / path.name
-            run = subprocess.run([*compiler, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+            # What is preloaded into this process (a sanitizer, an allocator) is not meant for the compiler.
+            own = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+            command = [*compiler, *flags, str(SOURCE), "-o", str(made)]
+            run = subprocess.run(command, capture_output=True, text=True, env=own)
             if run.returncode:
                 raise RuntimeBuildError(f"{compiler[0]} cannot compile the native kernels:\n{run.stderr.strip()}")
             os.replace(made, path)  # another process may have been as fast

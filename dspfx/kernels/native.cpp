@@ -49,30 +49,43 @@ constexpr int vectors_of(int filters) {
     return fit < 1 ? 1 : fit > MAX_VECTORS ? MAX_VECTORS : fit;
 }
 
-enum Op : int32_t { CONV = 1, COPY = 2, MAP = 3, POOL = 4, MEAN = 5, LINEAR = 6 };
-enum Activation : int32_t { NONE = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SILU = 4 };
+enum Op : int32_t { CONV = 1, COPY = 2, MAP = 3, POOL = 4, MEAN = 5, LINEAR = 6, SCALE = 7 };
+enum Activation : int32_t { NONE = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SILU = 4, SIGMOID = 5, HARDSIGMOID = 6 };
 enum Space : int32_t { WORK = 0, INPUT = 1, OUTPUT = 2 };  // INPUT + 2 i and OUTPUT + 2 i for the i-th
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 
 inline vec splat(float x) { return x - vec{}; }  // x + 0 would have to make +0 of -0
 
-inline vec activate(vec y, int32_t kind) {  // NaN stays NaN
-    const vec zero = {}, six = splat(6.0f);
-    if (kind == RELU) return y < zero ? zero : y;
-    if (kind == RELU6) {
-        y = y < zero ? zero : y;
-        return y > six ? six : y;
+inline vec clip(vec x, float low, float high) {  // NaN stays NaN
+    x = x < splat(low) ? splat(low) : x;
+    return x > splat(high) ? splat(high) : x;
+}
+
+// e^x = 2^n e^r with |r| <= ln(2) / 2; n is rounded by adding 1.5 * 2^23, in whose last bits it then stands.
+inline vec exponential(vec x) {
+    x = clip(x, -87.0f, 88.0f);
+    const vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln(2) in two parts
+    vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    return y * reinterpret_cast<vec>((reinterpret_cast<mask_t>(shifted) + 127) << 23);
+}
+
+inline vec activate(vec y, int32_t kind) {
+    switch (kind) {
+        case RELU: return y < vec{} ? vec{} : y;
+        case RELU6: return clip(y, 0.0f, 6.0f);
+        case HARDSWISH: return y * (clip(y + 3.0f, 0.0f, 6.0f) / 6.0f);
+        case SILU: y = y < splat(-100.0f) ? splat(-100.0f) : y; return y / (exponential(-y) + 1.0f);
+        case SIGMOID: return 1.0f / (exponential(-y) + 1.0f);
+        case HARDSIGMOID: return clip(y + 3.0f, 0.0f, 6.0f) / 6.0f;
+        default: return y;
     }
-    if (kind == HARDSWISH) {
-        vec gate = y + 3.0f;
-        gate = gate < zero ? zero : gate;
-        gate = gate > six ? six : gate;
-        return y * gate / 6.0f;
-    }
-    if (kind == SILU)
-        for (int i = 0; i < LANES; i++) y[i] = y[i] / (1.0f + std::exp(-y[i]));
-    return y;
 }
 
 inline void store(float* out, vec y, const int32_t* mask) {
@@ -241,6 +254,16 @@ void map_item(const Context& c, const MapStep& s, int64_t i) {
     }
 }
 
+struct ScaleStep {  // planes times a number each
+    int32_t op, size, positions, mask, count;  // then plane, place of the number, plane of the result
+};
+
+void scale_item(const Context& c, const ScaleStep& s, int64_t i) {
+    const int32_t *p = &s.count + 1 + 3 * i, *mask = c.program + s.mask;
+    const float factor = c.work[p[1]];
+    for (int32_t x = 0; x < s.positions; x += LANES) store(c.work + p[2] + x, load(c.work + p[0] + x) * factor, mask + x);
+}
+
 struct PoolStep {  // the largest, or the mean, of a window
     int32_t op, size, is_max, rows, columns, pitch, out_rows, out_columns, out_pitch, kernel_y, kernel_x, stride_y,
         stride_x, pad_y, pad_x, counts_pad, scratch, scratch_size, count;  // then pairs of planes
@@ -261,7 +284,7 @@ void pool_item(const Context& c, const PoolStep& s, int64_t i) {
     const int32_t* planes = &s.count + 1 + 2 * i;
     const float* in = c.work + planes[0];
     float* row = c.work + s.scratch + i * s.scratch_size;
-    const int32_t width = s.columns + 2 * s.pad_x, part = s.out_columns + s.kernel_x / s.stride_x + 2 * LANES;
+    const int32_t width = most(s.columns + 2 * s.pad_x, (s.out_columns - 1) * s.stride_x + s.kernel_x), part = s.out_columns + s.kernel_x / s.stride_x + 2 * LANES;
     float *phases = row + width + 2 * LANES, *sums = phases + s.stride_x * part;
     for (int32_t y = 0; y < s.out_rows; y++) {
         const int32_t top = y * s.stride_y - s.pad_y;
@@ -269,7 +292,8 @@ void pool_item(const Context& c, const PoolStep& s, int64_t i) {
         std::memcpy(row + s.pad_x, in + (int64_t)first * s.pitch, sizeof(float) * s.columns);
         for (int32_t r = first + 1; r < last; r++) reduce(row + s.pad_x, in + (int64_t)r * s.pitch, s.columns, s.is_max);
         const float nothing = s.is_max ? -INFINITY : 0.0f;
-        for (int32_t x = 0; x < s.pad_x; x++) row[x] = row[s.pad_x + s.columns + x] = nothing;
+        for (int32_t x = 0; x < s.pad_x; x++) row[x] = nothing;
+        for (int32_t x = s.pad_x + s.columns; x < width; x++) row[x] = nothing;
         for (int32_t j = 0; j < s.stride_x; j++) {
             const int32_t held = (width - j + s.stride_x - 1) / s.stride_x, wanted = least(held, part - LANES);
             float* phase = phases + j * part;
@@ -359,6 +383,7 @@ int64_t items_of(const int32_t* step, int threads) {
         case MAP: return reinterpret_cast<const MapStep*>(step)->count;
         case POOL: return reinterpret_cast<const PoolStep*>(step)->count;
         case MEAN: return reinterpret_cast<const MeanStep*>(step)->count;
+        case SCALE: return reinterpret_cast<const ScaleStep*>(step)->count;
         default: return (reinterpret_cast<const LinearStep*>(step)->filters + ROWS - 1) / ROWS;
     }
 }
@@ -387,6 +412,9 @@ void run_items(const Context& c, const int32_t* step, int threads, int64_t first
             break;
         case MEAN:
             for (int64_t i = first; i < last; i++) mean_item(c, *reinterpret_cast<const MeanStep*>(step), i);
+            break;
+        case SCALE:
+            for (int64_t i = first; i < last; i++) scale_item(c, *reinterpret_cast<const ScaleStep*>(step), i);
             break;
         default:
             for (int64_t i = first; i < last; i++) linear_item(c, *reinterpret_cast<const LinearStep*>(step), i);

@@ -9,7 +9,7 @@ program refers to lies in its workspace.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,41 +19,24 @@ from dspfx.kernels.chain import (
     Chain,
     Conv,
     Flatten,
-    Floats,
     Layer,
     Linear,
     Map,
     Mean,
     Pool,
+    Scale,
     Select,
     Shape,
     reads,
 )
+from dspfx.kernels.packed import Packed
+from dspfx.kernels.phases import Phase, Split
 from dspfx.kernels.planes import Geometries, Workspace
-from dspfx.kernels.tiles import Tile, conv_tiles
 
-CONV, COPY, MAP, POOL, MEAN, LINEAR = range(1, 7)
+CONV, COPY, MAP, POOL, MEAN, LINEAR, SCALE = range(1, 8)
 WORK, INPUT, OUTPUT = 0, 1, 2  # spaces; those of the i-th input and output are 2 i more
 CACHED = 1 << 17  # floats of input that the positions of one block read: half of a common second-level cache
 SMALLEST_BLOCK = 128  # positions
-
-
-class Phase(NamedTuple):
-    """Every stride-th row and column of a value, from (row, column) on: another value."""
-
-    x: int
-    y: int
-    stride: tuple[int, int]
-    row: int
-    column: int
-
-
-class Tap(NamedTuple):
-    """What an element of a kernel reads: a value, shifted."""
-
-    value: int
-    dy: int
-    dx: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,50 +49,13 @@ class Program:
     outputs: tuple[Shape, ...]
 
 
-class Packed:
-    """The weights of a chain as the tiles want them, the same for all sizes of images."""
-
-    def __init__(self, chain: Chain, most_filters: int) -> None:
-        self.parts: list[Floats] = []
-        self.floats = 0
-        self.tiles: dict[Layer, list[tuple[Tile, int, int]]] = {}  # with the places of the weights and of the biases
-        self.places: dict[Layer, tuple[int, ...]] = {}
-        for layer in chain.layers:
-            if isinstance(layer, Conv):
-                self.tiles[layer] = [
-                    self._pack(layer, tile) for tile in conv_tiles(layer.weight, layer.groups, most_filters)
-                ]
-            elif isinstance(layer, Map):
-                pairs = np.stack([layer.scale, layer.shift], 1)
-                start = self._add(pairs)
-                self.places[layer] = tuple(start + 2 * i for i in range(len(pairs)))
-            elif isinstance(layer, Linear):
-                self.places[layer] = (self._add(layer.weight), self._add(layer.bias))
-        self.array: Floats = np.concatenate([*self.parts, np.zeros(1, np.float32)])
-        self.parts = []
-
-    def _pack(self, layer: Conv, tile: Tile) -> tuple[Tile, int, int]:
-        filters, channels = np.array(tile.filters), np.array(tile.channels, dtype=np.int64)
-        local = channels - filters[0] // (len(layer.weight) // layer.groups) * layer.weight.shape[1]
-        block = layer.weight[filters[:, None], local[None]]  # [F, K, kh, kw]
-        return tile, self._add(block.reshape(len(filters), -1).T), self._add(layer.bias[filters])
-
-    def _add(self, array: Floats) -> int:
-        place = self.floats
-        self.parts.append(np.ascontiguousarray(array, dtype=np.float32).reshape(-1))
-        self.floats += self.parts[-1].size
-        return place
-
-
 class Builder:
     """Writes the program of a chain for inputs of given shapes (of one image)."""
 
     def __init__(self, chain: Chain, packed: Packed, inputs: tuple[Shape, ...], lanes: int) -> None:
         self.chain, self.packed, self.lanes = chain, packed, lanes
-        self.shapes = chain.shapes(inputs)
-        self.taps: dict[Layer, list[Tap]] = {}
-        self.empty: set[int] = set()
-        self.layers = self._with_phases()
+        split = Split(chain, inputs)
+        self.shapes, self.layers, self.taps, self.empty = split.shapes, split.layers, split.taps, split.empty
         self.geometries = self._geometries()
         self.work = Workspace(lanes)
         self.planes: dict[int, list[int]] = {}
@@ -157,7 +103,7 @@ class Builder:
 
     def _overwritten(self, layer: Layer | Phase, index: int, last: dict[int, int], held: dict[int, int]) -> int | None:
         """A value that is read for the last time, and position by position: its result may take its place."""
-        value = layer.residual if isinstance(layer, Conv) else layer.x if isinstance(layer, Map) else None
+        value = layer.residual if isinstance(layer, Conv) else layer.x if isinstance(layer, (Map, Scale)) else None
         if (
             value is None
             or len(self.shapes[value]) < 3
@@ -175,43 +121,11 @@ class Builder:
             return {tap.value for tap in self.taps[layer]} | (set() if layer.residual is None else {layer.residual})
         return set(reads(layer))
 
-    def _with_phases(self) -> list[Layer | Phase]:
-        """The layers, with the phases before the strided convolutions that read them."""
-        found: list[Layer | Phase] = []
-        known: dict[Any, int] = {}
-        for layer in self.chain.layers:
-            if isinstance(layer, Conv):
-                self.taps[layer] = taps = []
-                for ky in range(layer.kernel[0]):
-                    for kx in range(layer.kernel[1]):
-                        (dy, row), (dx, column) = (
-                            divmod(k * d - p, s)
-                            for k, d, p, s in zip((ky, kx), layer.dilation, layer.padding, layer.stride, strict=True)
-                        )
-                        key = (layer.x, layer.stride, row, column)
-                        if layer.stride == (1, 1):
-                            known[key] = layer.x
-                        if key not in known:
-                            phase = self._phase(*key)
-                            known[key] = phase.y
-                            found.append(phase)
-                        taps.append(Tap(known[key], dy, dx))
-            found.append(layer)
-        return found
-
-    def _phase(self, x: int, stride: tuple[int, int], row: int, column: int) -> Phase:
-        """A new value; of an image that has no such row or column, one of a zero that is never written."""
-        channels, rows, columns = self.shapes[x]
-        y = max(self.shapes) + 1
-        sizes = -(-(rows - row) // stride[0]), -(-(columns - column) // stride[1])
-        if min(sizes) < 1:
-            self.empty.add(y)
-        self.shapes[y] = (channels, max(sizes[0], 1), max(sizes[1], 1))
-        return Phase(x, y, stride, row, column)
-
     def _geometries(self) -> Geometries:
         found = Geometries(self.shapes)
         for layer in self.layers:
+            if isinstance(layer, Scale):
+                found.tie(layer.y, layer.x)
             for value in self._sources(layer) if isinstance(layer, (Conv, Map, Cat, Select)) else ():
                 if len(self.shapes[value]) == 3:
                     found.tie(layer.y, value)
@@ -312,15 +226,19 @@ class Builder:
             positions, mask = self._positions(layer.y)
             activation = ACTIVATIONS.index(layer.activation)
             self._step(MAP, positions, activation, mask, layer.second is not None, len(fields) // 4, *fields)
+        elif isinstance(layer, Scale):
+            rows3 = zip(planes[layer.x], planes[layer.factors], planes[layer.y], strict=True)
+            fields = [place for row in rows3 for place in row]
+            self._step(SCALE, *self._positions(layer.y), len(fields) // 3, *fields)
         elif isinstance(layer, Pool):
             pairs = [p for pair in zip(planes[layer.x], planes[layer.y], strict=True) for p in pair]
             sizes = [
                 f(v) for v in (layer.x, layer.y) for f in (lambda v: shapes[v][1], lambda v: shapes[v][2], self._pitch)
             ]
             across = layer.stride[1]
-            wide = shapes[layer.x][2] + 2 * layer.padding[1] + 2 * self.lanes
+            wide = max(shapes[layer.x][2] + 2 * layer.padding[1], shapes[layer.y][2] * across + layer.kernel[1])
             part = shapes[layer.y][2] + layer.kernel[1] // across + 2 * self.lanes
-            each = wide + (across + 1) * part
+            each = wide + 2 * self.lanes + (across + 1) * part
             scratch = self.work.take(each * shapes[layer.x][0])
             windows = (*layer.kernel, *layer.stride, *layer.padding, layer.counts_pad, scratch, each, len(pairs) // 2)
             self._step(POOL, layer.is_max, *sizes, *windows, *pairs)

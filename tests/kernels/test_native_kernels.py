@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from dspfx.errors import InputError, RuntimeBuildError
 from dspfx.kernels import engine as engine_module
 from dspfx.kernels import library as library_module
-from dspfx.kernels.chain import Cat, Chain, Conv, Flatten, Linear, Map, Mean, Pool, Select
+from dspfx.kernels.chain import Activation, Cat, Chain, Conv, Flatten, Linear, Map, Mean, Pool, Scale, Select
 from dspfx.kernels.engine import Engine
 from dspfx.kernels.library import FEATURES, Library, build_library, library_or_none, processor_features
 from dspfx.kernels.structure import ACTIVATIONS
@@ -81,18 +84,29 @@ def test_any_convolution_equals_float64(case: dict) -> None:
 
 
 @given(st.integers(0, 2**31), st.booleans(), st.integers(1, 2), st.booleans(), st.integers(1, 3))
-def test_any_pooling_equals_torch(seed: int, is_max: bool, stride: int, counts: bool, threads: int) -> None:
+def test_any_pooling_equals_torch(seed: int, is_max: bool, stride: int, flag: bool, threads: int) -> None:
+    """`flag` is ceil_mode, or count_include_pad."""
     generator = torch.Generator().manual_seed(seed)
     down, across = (int(n) for n in torch.randint(1, 5, (2,), generator=generator))
     kernel, padding = (down, across), (down // 2, int(torch.randint(0, across // 2 + 1, (1,), generator=generator)))
     size = [int(n) for n in torch.randint(4, 40, (2,), generator=generator)]
     x = drawn(generator, 2, 3, *size)
     if is_max:
-        expected = F.max_pool2d(x.double(), kernel, (stride, stride + 1), padding)
+        expected = F.max_pool2d(x.double(), kernel, (stride, stride + 1), padding, ceil_mode=flag)
     else:
-        expected = F.avg_pool2d(x.double(), kernel, (stride, stride + 1), padding, count_include_pad=counts)
-    pool = Pool(0, 1, is_max, kernel, (stride, stride + 1), padding, counts)
+        expected = F.avg_pool2d(x.double(), kernel, (stride, stride + 1), padding, count_include_pad=flag)
+    pool = Pool(0, 1, is_max, kernel, (stride, stride + 1), padding, flag, is_max and flag)
     assert error([expected], Engine(Chain(1, (pool,), (1,)))([x], threads)) <= ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["silu", "sigmoid", "hardsigmoid", "hardswish", "relu6", "relu"])
+def test_activations_are_exact_to_rounding_everywhere(kind: Activation) -> None:
+    x = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 3e38, -3e38, torch.nan])]).view(
+        1, 1, 1, -1
+    )
+    found = Engine(Chain(1, (Map(0, 1, np.ones(1, np.float32), np.zeros(1, np.float32), None, kind),), (1,)))([x])[0]
+    expected = getattr(F, kind)(x.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-35, equal_nan=True)
 
 
 def test_a_pooled_nan_stays_one() -> None:
@@ -112,7 +126,10 @@ def residual_chain(generator: torch.Generator) -> tuple[Chain, list[Tensor]]:
         Select(2, 3, tuple(range(11, -1, -1))),
         Cat((3, 1), 4),
         Conv(4, 5, c.numpy(), bias.numpy()),
-        Map(5, 6, scale.numpy(), bias.numpy(), second=2, activation="hardswish"),
+        Map(5, 11, scale.numpy(), bias.numpy(), second=2, activation="hardswish"),
+        Mean(11, 12),
+        Conv(12, 13, c[:, :12].numpy(), bias.numpy(), activation="sigmoid"),
+        Scale(11, 13, 6),
         Pool(6, 7, True, (3, 3), (2, 2), (1, 1)),
         Mean(7, 8),
         Flatten(8, 9),
@@ -127,6 +144,7 @@ def residual_oracle(parameters: list[Tensor], x: Tensor) -> list[Tensor]:
     two = F.relu(F.conv2d(one, b, bias, 1, 1) + one)
     five = F.conv2d(torch.cat([two.flip(1), one], 1), c, bias)
     six = F.hardswish(five * scale[:, None, None] + bias[:, None, None] + two)
+    six = six * torch.sigmoid(F.conv2d(six.mean((2, 3), keepdim=True), c[:, :12], bias))
     return [F.relu6(F.linear(F.max_pool2d(six, 3, 2, 1).mean((2, 3)), d, bias[:5])), five, two]
 
 
@@ -262,3 +280,18 @@ def test_tiles_hold_every_pair_and_every_filter_once(seed: int, filters: int, ch
     assert all(
         pairs[o].nonzero()[0].tolist() == [c for c in t.channels if pairs[o, c]] for t in tiles for o in t.filters
     )
+
+
+@pytest.mark.slow
+def test_nothing_is_read_or_written_outside(tmp_path: Path) -> None:
+    """The kernels under AddressSanitizer, in a process of their own."""
+    flags = ("-fsanitize=address", "-g", "-O1")
+    found = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    if found.returncode or not Path(found.stdout.strip()).is_absolute():
+        pytest.skip("the compiler has no AddressSanitizer")
+    path = build_library(processor_features(), tmp_path, flags)
+    environment = os.environ | {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-m", "tests.kernels.sanitized", str(path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout == "60 chains\n"

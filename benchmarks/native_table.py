@@ -1,0 +1,286 @@
+"""The native kernels beside the dense network in its fastest runtime, and beside whole-channel pruning of equal FLOPs.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.native_table --write docs/results/native.md
+
+Networks, batches and threads are timed in interleaved rounds; layers step by step, in the order of the network. With
+LD_PRELOAD=./avx2_only.so (benchmarks/avx2_only.c) everything runs as on a processor without AVX-512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import dspfx
+from dspfx.deploy.benchmark import describe_setting
+from dspfx.deploy.quiet import torch_threads
+from dspfx.deploy.runtimes import build
+from dspfx.deploy.timing import compare, interleave
+from dspfx.estimate import random_energy
+from dspfx.kernels.chain import Chain, Conv
+from dspfx.kernels.engine import Engine
+from dspfx.kernels.library import processor_features
+from dspfx.native import NativeChain
+from dspfx.passes.fuse_native import fuse_native
+from tests.compare import forced
+from tests.data import DSP_RESNET20
+from tests.nets.published import load_published
+
+STOCK = ("onnxruntime", "openvino", "eager")
+LAYERS = ((64, 64, 112, 3), (128, 128, 56, 3), (256, 256, 56, 1), (512, 512, 28, 3))  # C, O, height, kernel
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network with a structure, and how much of it is left."""
+
+    name: str
+    dense: nn.Module
+    pruned: nn.Module
+    size: int
+    share: float
+
+
+def cases(only: str) -> list[Case]:
+    found: list[tuple[str, Callable[[], Case]]] = []
+    if DSP_RESNET20.exists():
+        found.append(("published ResNet20, 4 groups", published))
+    for name, groups, share in (
+        ("resnet50", 2, 0.33),
+        ("resnet18", 4, 0.35),
+        ("vgg11_bn", 4, 0.35),
+        ("mobilenet_v2", 2, 0.5),
+    ):
+        label = f"{name}, {groups} groups"
+        found.append((label, lambda name=name, groups=groups, share=share: random_structure(name, groups, share)))
+    return [make() for label, make in found if only in label]
+
+
+def published() -> Case:
+    model = load_published(DSP_RESNET20)
+    plan = forced(model, "dense").meta["lower_plan"]
+    share = sum(layer.macs_left for layer in plan.layers) / sum(layer.macs for layer in plan.layers)
+    return Case("published ResNet20, 4 groups", type(model)().eval(), model, 32, share)
+
+
+def random_structure(name: str, groups: int, share: float) -> Case:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    return Case(f"{name}, {groups} groups", model, thinned(model, 224, groups, share), 224, share)
+
+
+def thinned(model: nn.Module, size: int, groups: int, share: float) -> nn.Module:
+    """`model` with random groups of random channels; one group: whole channels."""
+    gm = dspfx.prepare(model, torch.zeros(1, 3, size, size), dspfx.GateConfig(groups=groups))
+    dspfx.prune(gm, dspfx.Budget(flops=share), random_energy(groups))
+    return gm
+
+
+def native(network: nn.Module) -> nn.Module:
+    """Every layer in its dense form, and all of that in the native kernels."""
+    small: nn.Module = fuse_native(forced(network, "dense"))
+    return small
+
+
+def measure_network(case: Case, batch: int, rounds: int) -> dict[str, Any]:
+    """Ratios to the dense network in its fastest runtime, all in the same rounds."""
+    x = torch.randn(batch, 3, case.size, case.size)
+    channels = thinned(case.dense, case.size, 1, case.share)
+    calls: dict[str, Callable[[], Any]] = {}
+    for runtime in STOCK:
+        networks = {"dense": case.dense, "groups": dspfx.lower(case.pruned, x, runtime) if runtime != "eager" else None}
+        networks["channels"] = dspfx.lower(channels, x, runtime) if runtime != "eager" else None
+        for kind, network in networks.items():
+            if network is not None:
+                built = build(runtime, network, x)
+                calls[f"{kind} {runtime}"] = lambda built=built: built(x)
+    ours, whole = native(case.pruned), native(case.dense)
+    calls |= {"native": lambda: ours(x), "native, dense": lambda: whole(x)}
+    with torch_threads(1), torch.inference_mode():
+        samples = interleave(calls, rounds)
+    medians = {name: statistics.median(seconds) for name, seconds in samples.items()}
+
+    def best(kind: str) -> str:
+        return min((name for name in medians if name.startswith(f"{kind} ")), key=medians.__getitem__)
+
+    def ratio(name: str, reference: str) -> float:
+        return compare({reference: samples[reference], name: samples[name]})[name].ratio
+
+    dense, whole_channels = best("dense"), best("channels")
+    return {
+        "network": f"{case.name}, {case.share:.0%}",
+        "batch": batch,
+        "dense": f"{1e3 * medians[dense]:.2f} ms {dense.split()[1]}",
+        "stock": ratio(best("groups"), dense),
+        "native": ratio("native", dense),
+        "to_channels": ratio("native", whole_channels),
+        "channels": whole_channels.split()[1],
+        "to_own_dense": ratio("native", "native, dense"),
+    }
+
+
+def step_times(engine: Engine, x: Tensor, rounds: int = 15) -> dict[Conv, float]:
+    """Seconds of each convolution, the program's steps being called one by one in its order."""
+    engine([x], 1)
+    loaded = next(iter(engine.loaded.values()))
+    program, steps = loaded.program, []
+    place = program.first
+    while program.steps[place]:
+        steps.append(program.steps[place : place + program.steps[place + 1]])
+        place += program.steps[place + 1]
+    ends = np.cumsum([len(program.steps), *(len(step) + 2 for step in steps)])
+    array = np.concatenate([program.steps, *(np.append(step, [0, 0]) for step in steps)]).astype(np.int32)
+    call = loaded.spare[0]
+    outputs = [torch.empty(1, *shape) for shape in program.outputs]
+    call.inputs[0] = x.data_ptr()
+    for i, y in enumerate(outputs):
+        call.outputs[i] = y.data_ptr()
+    seconds = np.zeros((rounds, len(steps)))
+    for r in range(rounds):
+        for i, first in enumerate(ends[:-1]):
+            start = time.perf_counter()
+            engine.library.run(
+                ctypes.c_void_p(array.ctypes.data), int(first), engine.weights_place, call.work, call.inputs,
+                call.outputs, loaded.input_sizes, loaded.output_sizes, 1, 1,
+            )  # fmt: skip
+            seconds[r, i] = time.perf_counter() - start
+    convs = [layer for layer in engine.chain.layers if isinstance(layer, Conv)]
+    times = [t for t, step in zip(np.median(seconds, 0), steps, strict=True) if step[0] == 1]
+    return dict(zip(convs, times, strict=True))
+
+
+def measure_layers(case: Case) -> dict[str, Any]:
+    """Time per remaining multiply-add to that of the same kernel on the dense layer, over the network's layers."""
+    x = torch.randn(1, 3, case.size, case.size)
+    rates = []
+    for network in (case.pruned, case.dense):
+        small = native(network)
+        chain = next(m for m in small.modules() if isinstance(m, NativeChain))
+        engine = chain.engine([x])
+        times = step_times(engine, x)
+        work = {
+            conv: sum(len(t.filters) * len(t.channels) for t, _, _ in engine.packed.tiles[conv])
+            * conv.kernel[0] * conv.kernel[1] for conv in times
+        }  # fmt: skip
+        rates.append([(times[conv], work[conv]) for conv in times])
+    ratios = [(t / max(w, 1)) / (dt / dw) for (t, w), (dt, dw) in zip(*rates, strict=True) if w]
+    total = sum(t for t, _ in rates[0]) / sum(t for t, _ in rates[1])
+    positions = [dw for _, dw in rates[1]]
+    kept = sum(t * w / dw for (_, w), (t, dw) in zip(*rates, strict=True)) / sum(t for t, _ in rates[1])
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "network": case.name,
+        "layers": len(positions),
+        "low": low,
+        "median": middle,
+        "high": high,
+        "all": total / kept,
+    }
+
+
+def measure_threads(rounds: int) -> list[dict[str, Any]]:
+    """Two threads beside one, on layers of more than a millisecond, dense and in four groups of 40% of the channels."""
+    rows = []
+    for channels, filters, size, kernel in LAYERS:
+        for groups in (1, 4):
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(filters, channels, kernel, kernel, generator=generator)
+            if groups > 1:
+                reads = torch.rand(groups, channels, generator=generator) < 0.4
+                weight *= reads[torch.arange(filters) % groups][:, :, None, None]
+            conv = Conv(0, 1, weight.numpy(), np.zeros(filters, np.float32), (1, 1), (kernel // 2, kernel // 2))
+            engine, x = Engine(Chain(1, (conv,), (1,))), torch.randn(1, channels, size, size)
+            times = compare(interleave({str(n): partial(engine, [x], n) for n in (1, 2)}, rounds))
+            name = f"{kernel}x{kernel} {channels}-{filters}, {size}x{size}, {groups} group{'s' if groups > 1 else ''}"
+            rows.append({"layer": name, "ms": times["1"].median_ms, "gain": 1 / times["2"].ratio})
+    return rows
+
+
+def page(networks: list[dict], layers: list[dict], threads: list[dict], command: str) -> str:
+    """The tables in Markdown."""
+    first = [
+        (r["network"], r["batch"], r["dense"], f"{r['stock']:.2f}", f"{r['native']:.3f}",
+         f"{r['to_channels']:.2f} ({r['channels']})", f"{r['to_own_dense']:.2f}")
+        for r in networks
+    ]  # fmt: skip
+    second = [(r["network"], r["layers"], *(f"{r[k]:.2f}" for k in ("low", "median", "high", "all"))) for r in layers]
+    third = [(r["layer"], f"{r['ms']:.2f}", f"{r['gain']:.2f}") for r in threads]
+    heads = (
+        [
+            "network, MACs left",
+            "batch",
+            "fastest dense",
+            "stock forms",
+            "native",
+            "native to whole channels",
+            "to itself, dense",
+        ],
+        ["network", "convolutions", "lower quartile", "median", "upper quartile", "all"],
+        ["layer", "ms, one thread", "two threads are faster by"],
+    )
+    tables = [
+        tabulate(rows, head, "github", disable_numparse=True)
+        for rows, head in zip((first, second, third), heads, strict=True)
+    ]
+    setting = describe_setting("eager", torch.device("cpu"), 1)
+    return "\n\n".join(
+        [
+            f"# The native kernels ({processor_features()})",
+            "Time of the whole network to that of the dense network in the fastest of ONNX Runtime, OpenVINO and "
+            "PyTorch; below 1 is faster. *stock forms*: the same structure, lowered for ONNX Runtime or OpenVINO by "
+            "measuring, the faster of the two. *native*: the network as `dspfx.lower` returns it, called from Python. "
+            "*native to whole channels*: to a network of the same MACs from which whole channels were pruned, lowered "
+            "by measuring, in its fastest runtime (in brackets). *to itself, dense*: to the dense network in the "
+            "native kernels, the fraction of MACs being what it could be at best. Medians of paired ratios.",
+            tables[0],
+            "Time per remaining multiply-add of each convolution to that of the same kernel on the dense layer, batch "
+            "1; *all* weighs the layers by their dense time.",
+            tables[1],
+            "Threads.",
+            tables[2],
+            f"Measured on: {setting}; everything else with one thread.",
+            f"Made by\n\n    OMP_NUM_THREADS=1 {command}\n",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--write", type=Path, help="write the page to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    networks, layers = [], []
+    for case in cases(options.only):
+        for batch in (1, 8):
+            networks.append(measure_network(case, batch, options.rounds))
+            print(networks[-1], flush=True)
+        layers.append(measure_layers(case))
+        print(layers[-1], flush=True)
+    threads = measure_threads(options.rounds)
+    prefix = f"LD_PRELOAD=./{Path(os.environ['LD_PRELOAD']).name} " if os.environ.get("LD_PRELOAD") else ""
+    text = page(networks, layers, threads, f"{prefix}python -m benchmarks.native_table {shlex.join(sys.argv[1:])}")
+    print(text)
+    if options.write:
+        options.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
