@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dspfx.graph.native_layers import floats
 from dspfx.graph.to_chain import chain_of
@@ -87,7 +88,7 @@ class NativeChain(nn.Module):
             or torch._C._get_tracing_state() is not None
             or torch.is_autocast_enabled("cpu")
         )
-        return not (is_recorded or self.training) and library_or_none() is not None
+        return not (is_recorded or self.training) and _has_kernels()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._engine = None  # tensors may get other memory, which no version tells
@@ -99,6 +100,11 @@ class NativeChain(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.handle = _remember(self)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    return library_or_none() is not None
 
 
 def image_shapes(inputs: Sequence[Tensor]) -> tuple[Shape, ...]:
@@ -127,6 +133,7 @@ def native_chain(inputs: list[Tensor], handle: int) -> list[Tensor]:
 
 @native_chain.register_fake
 def _shapes(inputs: list[Tensor], handle: int) -> list[Tensor]:
-    chain = _chains[handle].engine(inputs).chain
+    with unset_fake_temporarily():  # the weights are real
+        chain = _chains[handle].engine(inputs).chain
     shapes = chain.shapes(image_shapes(inputs))
     return [inputs[0].new_empty((inputs[0].shape[0], *shapes[value])) for value in chain.outputs]

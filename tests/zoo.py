@@ -53,7 +53,7 @@ class ZooEntry:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(self.name.encode()))
             model = self.make()
-            _enliven(model, self.inputs(batch=8, seed=1))
+            enliven(model, self.inputs(batch=8, seed=1))
         return model
 
     def inputs(
@@ -97,7 +97,7 @@ class ZooEntry:
         return ((SIZE, SIZE), (12, SIZE)) if self.shape_branch else ((SIZE, SIZE), (12, 20), (24, SIZE))
 
 
-def _enliven(model: nn.Module, example: tuple[Any, ...]) -> None:
+def enliven(model: nn.Module, example: tuple[Any, ...]) -> None:
     """Weights that keep the signal's size, norms with random scales and shifts, BN statistics near the data's.
 
     At its start values a norm hides every mistake made with it, and a deep network hardly responds to its input.
