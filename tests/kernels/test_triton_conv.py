@@ -150,7 +150,7 @@ def interpret() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.9")  # older interpreters fail on today's numpy
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, "-W", "error", "-m", "tests.kernels.test_triton_conv"]
@@ -290,7 +290,7 @@ def conv() -> GpuConv:
 
 
 def test_tensors_on_a_cpu_are_refused(conv: GpuConv) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.9")  # older interpreters fail on today's numpy
     with check_refusal(InputError, "the input is on cpu; the GPU kernel needs it, and the weight, on a CUDA device."):
         conv(torch.randn(1, 4, 5, 5))
     with check_refusal(InputError, "the input has shape (1, 3, 5, 5); this convolution reads [N, 4, H, W]."):
@@ -316,7 +316,7 @@ def test_without_triton_it_imports_and_says_what_is_missing(conv: GpuConv, monke
 
 
 def test_available_means_a_cuda_device() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.9")  # older interpreters fail on today's numpy
     assert is_available() == torch.cuda.is_available()
 
 
@@ -334,7 +334,7 @@ TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", minversion="3.9")  # older interpreters fail on today's numpy
     compiler, backends = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
     from dspfx.kernels.triton_kernel import conv_kernel
 
@@ -422,7 +422,7 @@ class Compiles:
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.9")  # older interpreters fail on today's numpy
     kernel, driver = (
         importlib.import_module(name) for name in ("dspfx.kernels.triton_kernel", "triton.runtime.driver")
     )
