@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from dspfx.errors import InputError
 from dspfx.graph.native_layers import floats
 from dspfx.graph.to_chain import chain_of
 from dspfx.kernels.chain import Shape
@@ -40,7 +41,10 @@ class NativeChain(nn.Module):
         if torch.compiler.is_compiling():
             outputs = torch.ops.dspfx.native_chain(list(inputs), self.handle)
         else:
-            outputs = self.engine(inputs)(list(inputs))
+            try:
+                outputs = self.engine(inputs)(list(inputs))
+            except InputError:  # too large for the kernels, or for nobody: then the plain layers say why
+                return self.plain(*inputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def computed(self) -> dict[str, float]:

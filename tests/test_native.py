@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from dspfx import pipeline
 from dspfx.config import Budget, GateConfig
 from dspfx.deploy.runtimes import TOLERANCE
-from dspfx.errors import BudgetError, StorageError
+from dspfx.errors import BudgetError, InputError, StorageError
 from dspfx.graph.traced import network_meta
+from dspfx.kernels import program
 from dspfx.kernels.library import library_or_none
 from dspfx.modules import GatedConv2d
 from dspfx.native import NativeChain
@@ -183,6 +184,22 @@ def test_what_the_kernels_cannot_do_is_done_plainly() -> None:
         assert network(IMAGE).dtype == torch.bfloat16
     assert network(IMAGE.to(memory_format=torch.channels_last)).shape == (2, 6)
     assert network(IMAGE[:0]).shape == (0, 6)
+
+
+def test_what_no_network_takes_gets_torch_s_own_error() -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        small_network()(torch.randn(1, 3, 4, 4))
+
+
+def test_images_that_need_too_large_a_workspace_are_computed_plainly() -> None:
+    network, x = small_network(), torch.randn(1, 3, 9, 9)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "LARGEST", 1000)
+        found = network(x)
+        (chain,) = chains(network)
+        assert torch.equal(found, chain.plain(x))
+        with pytest.raises(InputError, match=r"^a chain needs 0\.0 GB for an image; 8 GB is the most\.$"):
+            chain.engine([x])([x])
 
 
 def test_inputs_of_several_batches_are_no_chain_s() -> None:

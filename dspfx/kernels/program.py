@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dspfx.errors import InputError
 from dspfx.kernels.chain import (
     ACTIVATIONS,
     Cat,
@@ -36,6 +37,7 @@ from dspfx.kernels.planes import Geometries, Workspace
 CONV, COPY, MAP, POOL, MEAN, LINEAR, SCALE = range(1, 8)
 WORK, INPUT, OUTPUT = 0, 1, 2  # spaces; those of the i-th input and output are 2 i more
 CACHED = 1 << 17  # floats of input that the positions of one block read: half of a common second-level cache
+LARGEST = (1 << 31) - (1 << 16)  # floats: their places are int32
 SMALLEST_BLOCK = 128  # positions
 
 
@@ -96,6 +98,8 @@ class Builder:
         is_far = self.work.floats + self.packed.floats > 2 * CACHED
         for place in self.far:
             self.steps[place] = is_far
+        if max(self.work.floats, self.packed.floats) > LARGEST:
+            raise InputError(f"a chain needs {4 * self.work.floats / 1e9:.1f} GB for an image; 8 GB is the most.")
         first = self.length
         steps = np.concatenate([*self.data, np.array([*self.steps, 0, 0], np.int32)]).astype(np.int32)
         floats = self.work.floats + 64 * self.lanes
