@@ -3,6 +3,7 @@
 from dspfx.config import Budget, GateConfig, Inputs
 from dspfx.coverage import coverage
 from dspfx.deploy.benchmark import benchmark
+from dspfx.deploy.export import export_onnx
 from dspfx.errors import DspfxError
 from dspfx.estimate import estimate
 from dspfx.graph.ops import register_rule
@@ -22,6 +23,7 @@ __all__ = [
     "benchmark",
     "coverage",
     "estimate",
+    "export_onnx",
     "load",
     "lower",
     "prepare",
