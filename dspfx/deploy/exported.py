@@ -19,7 +19,7 @@ from dspfx.config import Inputs
 from dspfx.deploy.agree import disagreement
 from dspfx.deploy.onnx import Nesting
 from dspfx.deploy.quiet import quiet, reason
-from dspfx.errors import ConfigError, MismatchError, ModelError, RuntimeBuildError
+from dspfx.errors import ConfigError, InputError, MismatchError, ModelError, RuntimeBuildError
 from dspfx.graph.inputs import describe_inputs, guess_inputs, realise
 from dspfx.graph.samples import samples, with_samples
 from dspfx.graph.traced import network_meta
@@ -69,7 +69,7 @@ class Exported:
         lacks = f"; TensorRT has no {', '.join(self.outside_tensorrt)}" if self.outside_tensorrt else ""
         return (
             f"{self.path}: {self.kind}, {self.precision}, {how}, differs from PyTorch by {self.max_error:.1e} of the "
-            f"output's scale, allowed {self.tolerance:.0e}{lacks}"
+            f"output's scale, allowed {self.tolerance:.2g}{lacks}"
         )
 
 
@@ -100,12 +100,13 @@ def subject_of(network: nn.Module, example_inputs: Any, precision: str) -> Subje
             f"small = dspfx.lower(gm), and export that."
         )
     meta = network_meta(network)
-    if example_inputs is None:
+    is_remembered = example_inputs is None
+    if is_remembered:
         example_inputs = meta["inputs"] if "inputs" in meta else guess_inputs(network)
     twin, inputs = copy.deepcopy(network).eval().cpu(), on_cpu(Inputs.of(example_inputs))
-    if any(p.is_floating_point() and p.dtype != torch.float32 for p in twin.parameters()):
-        twin.float()
-        inputs = following(inputs, twin)
+    is_wide = any(p.is_floating_point() and p.dtype != torch.float32 for p in twin.parameters())
+    if is_wide or is_remembered:
+        inputs = following(inputs, twin.float())
     describe_inputs(twin, inputs)
     args, kwargs = realise(twin, inputs)
     return Subject(twin, Inputs(*args, **kwargs), _origin(meta, precision), type(network).__name__)
@@ -170,6 +171,7 @@ def write_and_compare(
         start: the function that calls what was written, as the network is called.
 
     Raises:
+        ConfigError, InputError: `write` does, about something else than the network.
         RuntimeBuildError: the exporter or the runtime rejects the network; the last line says why.
         MismatchError: what was written computes something else.
     """
@@ -187,6 +189,8 @@ def write_and_compare(
                     continue
                 write(nesting)
                 found = _compare(subject, start(nesting), inputs)
+            except (ConfigError, InputError):
+                raise  # about what was given for calibration
             except Exception as error:
                 failure = error
                 continue  # perhaps another graph at another batch; the error that counts is the one for this batch

@@ -55,7 +55,7 @@ def start_file(path: Path, nesting: Nesting, threads: int = 1) -> Any:
 
 
 def in_float32(path: Path) -> Path:
-    """A file beside a bfloat16 one that computes in float32 with the same rounded weights, for processors without it."""
+    """A file beside a bfloat16 one that has its rounded weights and computes in float32, for processors without it."""
     onnx = importlib.import_module("onnx")
     old, new = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
     model = onnx.load(str(path))

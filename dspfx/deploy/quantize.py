@@ -67,7 +67,7 @@ def reader(base: Any, names: list[str], nesting: Nesting, batches: Iterable[Any]
         raise ConfigError("calibration holds no batch; give some hundred images like those that the network will see.")
     waiting = [first]
 
-    class Reader(base):  # type: ignore[misc]
+    class Reader(base):
         def get_next(self) -> Any:
             return waiting.pop() if waiting else next(source, None)
 
