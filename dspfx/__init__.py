@@ -4,6 +4,8 @@ from dspfx.config import Budget, GateConfig, Inputs
 from dspfx.coverage import coverage
 from dspfx.deploy.benchmark import benchmark
 from dspfx.deploy.export import export_onnx
+from dspfx.deploy.export_openvino import export_openvino
+from dspfx.deploy.export_pt2 import export_pt2
 from dspfx.errors import DspfxError
 from dspfx.estimate import estimate
 from dspfx.graph.ops import register_rule
@@ -24,6 +26,8 @@ __all__ = [
     "coverage",
     "estimate",
     "export_onnx",
+    "export_openvino",
+    "export_pt2",
     "load",
     "lower",
     "prepare",
