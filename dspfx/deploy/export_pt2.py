@@ -30,8 +30,8 @@ def export_pt2(
     """Writes a lowered (or any other ungated) network with torch.export, for every batch where its graph allows that.
 
     The file is read again and compared with the network before it is put in its place. `torch.export.load(path)` reads
-    it; that function unpickles parts of what it is given, so nobody should call it on a file from elsewhere (files of
-    `dspfx.save` have no such parts). What it says of itself is its extra file "dspfx.json".
+    it. What dspfx writes holds JSON and raw weights, no pickle; that function unpickles what other files hold, though,
+    so nobody should call it on a file from elsewhere. What the file says of itself is its extra file "dspfx.json".
 
     Args:
         small, example_inputs, tolerance, verbose: as for `export_onnx`.
@@ -58,7 +58,7 @@ def export_pt2(
 
 
 def read_pt2_metadata(path: Path) -> dict[str, str]:
-    """What a file of your own says of itself; reads it with torch.export.load, which unpickles."""
+    """What a file of your own says of itself; reads it with torch.export.load, which trusts what it reads."""
     extra = {METADATA: ""}
     torch.export.load(path, extra_files=extra)
     found: dict[str, str] = json.loads(extra[METADATA])
@@ -85,4 +85,6 @@ def _program(network: nn.Module, nesting: Nesting) -> torch.export.ExportedProgr
         if isinstance(x, Tensor) and free[id(x)]:
             dynamic[x] = {0: batch}
     with torch.no_grad():
-        return torch.export.export(network, inputs.args, inputs.kwargs, dynamic_shapes=dynamic)
+        program = torch.export.export(network, inputs.args, inputs.kwargs, dynamic_shapes=dynamic)
+    program.example_inputs = None  # they would be pickled into the file, images and all
+    return program

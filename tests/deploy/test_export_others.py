@@ -6,6 +6,7 @@ import copy
 import hashlib
 import importlib
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,20 @@ def test_other_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         dspfx.export_pt2(plain(), tmp_path / "s.pt2", IMAGES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_pickled_and_the_images_stay_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dspfx.export_pt2(plain(), tmp_path / "s.pt2", IMAGES, verbose=False)
+    with zipfile.ZipFile(tmp_path / "s.pt2") as archive:
+        contents = {info.filename: archive.read(info) for info in archive.infolist()}
+    assert any(name.endswith("weight_0") for name in contents)
+    pickles = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))  # in an archive of torch.save, or bare
+    assert [name for name, data in contents.items() if data.startswith(pickles)] == []
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("it unpickles")
+
+    for name in ("load", "loads"):
+        monkeypatch.setattr(f"pickle.{name}", never)
+    monkeypatch.setattr(torch, "load", never)
+    assert disagreement(call(tmp_path / "s.pt2", IMAGES), plain()(IMAGES).detach())[0] <= 1e-5
