@@ -124,7 +124,7 @@ def _write_onnx(
     def start(nesting: Nesting) -> Any:
         if precision != "bf16":
             return start_file(part, nesting)
-        twin = in_float32(part)
+        twin = in_float32(part, part.parent)
         call = start_file(twin, nesting)
         twin.unlink()
         return call

@@ -54,8 +54,8 @@ def start_file(path: Path, nesting: Nesting, threads: int = 1) -> Any:
     return call
 
 
-def in_float32(path: Path) -> Path:
-    """A file beside a bfloat16 one that has its rounded weights and computes in float32, for processors without it."""
+def in_float32(path: Path, folder: Path) -> Path:
+    """A file in `folder` with a bfloat16 one's rounded weights that computes in float32, for processors without it."""
     onnx = importlib.import_module("onnx")
     old, new = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
     model = onnx.load(str(path))
@@ -70,6 +70,6 @@ def in_float32(path: Path) -> Path:
     for value in model.graph.value_info:
         if value.type.tensor_type.elem_type == old:
             value.type.tensor_type.elem_type = new
-    twin = path.with_name(f"float32_{path.name}")
+    twin = folder / f"float32_{path.name}"
     onnx.save(model, str(twin))
     return twin

@@ -45,3 +45,9 @@ def _move(folder: Path, target: Path) -> None:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
         os.replace(file, target.with_name(file.name))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes one file whole or not at all; StorageError where it cannot be."""
+    with staged(path, (path.suffix,)) as part:
+        part.write_bytes(content)
