@@ -24,8 +24,8 @@ from dspfx.deploy.exported import TOLERANCES, Exported, need
 from dspfx.deploy.onnx_file import in_float32, read_graph, read_metadata, start_file
 from dspfx.deploy.staging import staged, write_file
 from dspfx.deploy.tensorrt_build import BuildOptions, batch_profile, build_engine, load_tensorrt, network_inputs
-from dspfx.deploy.tensorrt_file import SUFFIXES, this_machine, write_engine
-from dspfx.deploy.tensorrt_module import TensorRTModule, check_gpu
+from dspfx.deploy.tensorrt_file import SUFFIXES, check_gpu, this_machine, write_engine
+from dspfx.deploy.tensorrt_module import TensorRTModule
 from dspfx.errors import ConfigError, MismatchError
 from dspfx.graph.inputs import realise
 from dspfx.graph.samples import with_samples
@@ -158,5 +158,5 @@ def _moved(call: Callable[..., Any], inputs: Inputs) -> Any:
     def move(value: Any, device: str) -> Any:
         return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, value)
 
-    args, kwargs = move((inputs.args, inputs.kwargs), "cuda")
+    args, kwargs = move((inputs.args, inputs.kwargs), TensorRTModule.device_type)
     return move(call(*args, **kwargs), "cpu")

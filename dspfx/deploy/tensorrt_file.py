@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dspfx.errors import MismatchError, StorageError
+from dspfx.errors import ConfigError, MismatchError, StorageError
 
 MAGIC = b"dspfxTRT"
 SUFFIXES = (".engine", ".plan")
@@ -43,14 +43,24 @@ def read_engine(path: Path) -> tuple[dict[str, str], bytes]:
     return {str(key): str(value) for key, value in metadata.items()}, content[start + length :]
 
 
+def check_gpu(what: str) -> None:
+    """ConfigError where PyTorch sees no CUDA device."""
+    if _gpu() is None:
+        raise ConfigError(f"{what} needs an NVIDIA GPU, and PyTorch sees none (torch.cuda.is_available() is False).")
+
+
 def this_machine(version: str) -> dict[str, str]:
     """What an engine depends on: TensorRT's version, the GPU and what it can do."""
+    name, capability = _gpu() or ("none", "none")
+    return {"tensorrt.version": version, "gpu.name": name, "gpu.capability": capability}
+
+
+def _gpu() -> tuple[str, str] | None:
+    """The current GPU's name and its compute capability, "9.0"."""
+    if not torch.cuda.is_available():
+        return None
     major, minor = torch.cuda.get_device_capability()
-    return {
-        "tensorrt.version": version,
-        "gpu.name": torch.cuda.get_device_name(),
-        "gpu.capability": f"{major}.{minor}",
-    }
+    return torch.cuda.get_device_name(), f"{major}.{minor}"
 
 
 def check_machine(path: Path, metadata: Mapping[str, str], here: Mapping[str, str]) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dspfx.deploy.onnx import Nesting
 from dspfx.deploy.tensorrt_build import load_tensorrt, make_log, start
-from dspfx.deploy.tensorrt_file import check_machine, read_engine, this_machine
-from dspfx.errors import ConfigError, InputError, RuntimeBuildError, StorageError
+from dspfx.deploy.tensorrt_file import check_gpu, check_machine, read_engine, this_machine
+from dspfx.errors import InputError, RuntimeBuildError, StorageError
 
 if TYPE_CHECKING:
     import tensorrt as api
@@ -35,6 +35,8 @@ class TensorRTModule(nn.Module):
         MismatchError: the engine is for another GPU or version.
         RuntimeBuildError: TensorRT does not take it.
     """
+
+    device_type = "cuda"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
@@ -92,14 +94,14 @@ class TensorRTModule(nn.Module):
             self._out_shapes = [tuple(context.get_tensor_shape(name)) for name in self._outputs]
             self._shapes = shapes
         held = [x.contiguous() for x in tensors]
-        device = held[0].device if held else torch.device("cuda")
+        device = held[0].device if held else torch.device(self.device_type)
         outputs = [
             torch.empty(shape, dtype=self._dtypes[name], device=device)
             for name, shape in zip(self._outputs, self._out_shapes, strict=True)
         ]
         for name, x in zip([*self._inputs, *self._outputs], [*held, *outputs], strict=True):
             context.set_tensor_address(name, x.data_ptr())
-        if not context.execute_async_v3(torch.cuda.current_stream(device).cuda_stream):
+        if not context.execute_async_v3(_stream(device)):
             raise RuntimeError("TensorRT did not run the engine:\n" + "\n".join(self._log.errors))
         return outputs
 
@@ -107,7 +109,7 @@ class TensorRTModule(nn.Module):
         if len(tensors) != len(self._inputs):
             raise InputError(f"the engine takes {len(self._inputs)} tensors and got {len(tensors)}.")
         for name, x in zip(self._inputs, tensors, strict=True):
-            if not x.is_cuda or x.dtype != self._dtypes[name]:
+            if x.device.type != self.device_type or x.dtype != self._dtypes[name]:
                 raise InputError(
                     f"{name} is {x.dtype} on {x.device}, and the engine takes {self._dtypes[name]} on the GPU; move or "
                     f"convert it with .to(...)."
@@ -118,6 +120,11 @@ class TensorRTModule(nn.Module):
                     f"{name} has a batch of {x.shape[0]}, and the engine was built for {low} to {high}; split it, or "
                     f"build with batch=({low}, ..., {max(x.shape[0], high)})."
                 )
+
+
+def _stream(device: torch.device) -> int:
+    """PyTorch's current stream, as a number."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def _dtypes(trt: Any) -> dict[Any, torch.dtype]:
@@ -131,12 +138,6 @@ def _dtypes(trt: Any) -> dict[Any, torch.dtype]:
         trt.DataType.INT64: torch.int64,
         trt.DataType.BOOL: torch.bool,
     }
-
-
-def check_gpu(what: str) -> None:
-    """ConfigError where PyTorch sees no CUDA device."""
-    if not torch.cuda.is_available():
-        raise ConfigError(f"{what} needs an NVIDIA GPU, and PyTorch sees none (torch.cuda.is_available() is False).")
 
 
 def _nesting(metadata: dict[str, str]) -> Nesting | None:

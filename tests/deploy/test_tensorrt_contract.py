@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -122,6 +123,20 @@ def test_wrong_uses_are_found(major: int, libraries: Path, tmp_path: Path) -> No
     assert problems[1].startswith("5: Builder.create_network takes [['self', 'flags']]: ")
     assert problems[7] == "11: ICudaEngine.num_io_tensors cannot be assigned to"
     assert problems[8] == "13: .desc of a result whose type the bindings do not tell; annotate it"
+
+
+def test_the_stand_in_has_nothing_that_the_real_one_lacks(major: int, libraries: Path, tmp_path: Path) -> None:
+    names = [
+        f"trt.{owner.name}.{member.name}"
+        for owner in ast.parse((ROOT / "tests/deploy/fake_tensorrt.py").read_text()).body
+        if isinstance(owner, ast.ClassDef)
+        for member in owner.body
+        if isinstance(member, ast.FunctionDef) and not member.name.startswith("_")
+    ]
+    assert len(names) >= 30
+    source = tmp_path / "names.py"
+    source.write_text("\n".join(names))
+    assert contract(major, libraries, source)["problems"] == []
 
 
 def test_right_uses_are_not(major: int, libraries: Path, tmp_path: Path) -> None:
