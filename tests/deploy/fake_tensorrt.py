@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 
 from dspfx.deploy import tensorrt_file, tensorrt_module
 
+onnx, onnxruntime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))  # neither has type hints
 __version__ = "10.99.0"
 asked: dict[str, Any] = {}
 
@@ -240,7 +240,7 @@ class IExecutionContext:
     def _memory(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         kind = np.dtype(_NUMPY[self._engine.get_tensor_dtype(name)])
         size = int(np.prod(shape)) * kind.itemsize
-        content = (ctypes.c_char * size).from_address(self._places[name])
+        content = memoryview((ctypes.c_char * size).from_address(self._places[name])).cast("B")
         return np.frombuffer(content, kind).reshape(shape)
 
 
