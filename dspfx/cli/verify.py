@@ -166,18 +166,19 @@ def opened(file: Path, folder: Path) -> Form:
         raise StorageError(f"{file} does not exist.")
     name = f"{KINDS[file.suffix]} ({file.name}, {{}})"
     call: Call
+    read = {".onnx": read_metadata, ".xml": read_openvino_metadata, ".pt2": read_pt2_metadata}
+    metadata = read[file.suffix](file) if file.suffix in read else read_engine(file)[0]
+    if "dspfx.nesting" not in metadata:
+        raise StorageError(f"{file} does not say how it is called; the export functions of dspfx write files that do.")
+    nesting = Nesting.from_json(metadata["dspfx.nesting"])
     if file.suffix == ".pt2":
-        metadata, call = read_pt2_metadata(file), torch.export.load(file).module()
-    elif file.suffix in (".engine", ".plan"):
-        metadata, call = read_engine(file)[0], on_gpu(dspfx.TensorRTModule(file))
+        call = torch.export.load(file).module()
+    elif file.suffix == ".onnx":
+        call = start_file(in_float32(file, folder) if metadata["dspfx.precision"] == "bf16" else file, nesting)
+    elif file.suffix == ".xml":
+        call = start_openvino(file, nesting)
     else:
-        metadata = read_metadata(file) if file.suffix == ".onnx" else read_openvino_metadata(file)
-        if "dspfx.nesting" not in metadata:
-            raise StorageError(f"{file} was not written by dspfx, and does not say how it is called.")
-        nesting = Nesting.from_json(metadata["dspfx.nesting"])
-        is_bf16 = metadata["dspfx.precision"] == "bf16"
-        start = start_file if file.suffix == ".onnx" else start_openvino
-        call = start(in_float32(file, folder) if is_bf16 else file, nesting)
+        call = on_gpu(dspfx.TensorRTModule(file))
     precision, told = metadata["dspfx.precision"], float(metadata["dspfx.tolerance"])
     tolerance = told if math.isfinite(told) else TOLERANCES[precision]
     return Form(name.format(precision), call, tolerance, metadata["dspfx.plan"] or None)

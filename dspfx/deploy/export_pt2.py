@@ -58,10 +58,10 @@ def export_pt2(
 
 
 def read_pt2_metadata(path: Path) -> dict[str, str]:
-    """What a file of your own says of itself; reads it with torch.export.load, which trusts what it reads."""
+    """What a file says of itself, nothing where dspfx did not write it; torch.export.load trusts what it reads."""
     extra = {METADATA: ""}
     torch.export.load(path, extra_files=extra)
-    found: dict[str, str] = json.loads(extra[METADATA])
+    found: dict[str, str] = json.loads(extra[METADATA] or "{}")
     return found
 
 

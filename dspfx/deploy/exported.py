@@ -42,11 +42,12 @@ class Exported:
         kind: what it is, with the version of what it was compared on: "onnx on onnxruntime 1.31.1".
         precision: "fp32", "fp16", "bf16" or "int8".
         max_error: the largest difference from the network in PyTorch (float32, eval mode), of the largest value of the
-            output that it is in.
+            output that it is in; of an engine, from its ONNX file, and NaN where that does not say how it is called.
         tolerance: what was allowed.
         batches: the batch sizes compared; the file takes any where it is more than one.
         outside_tensorrt: operations of an ONNX file that TensorRT's published list lacks; empty for other files.
         metadata: what the file holds about itself.
+        reference: what it was compared with.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Exported:
     batches: tuple[int, ...]
     outside_tensorrt: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    reference: str = "PyTorch"
 
     @property
     def any_batch(self) -> bool:
@@ -64,12 +66,16 @@ class Exported:
         return len(self.batches) > 1
 
     def __str__(self) -> str:
+        if not self.batches:
+            return (
+                f"{self.path}: {self.kind}, {self.precision}, not compared: the ONNX file does not say how it is called"
+            )
         batches = ", ".join(map(str, self.batches))
         how = f"any batch (compared at {batches})" if self.any_batch else f"batch {batches} only"
         lacks = f"; TensorRT has no {', '.join(self.outside_tensorrt)}" if self.outside_tensorrt else ""
         return (
-            f"{self.path}: {self.kind}, {self.precision}, {how}, differs from PyTorch by {self.max_error:.1e} of the "
-            f"output's scale, allowed {self.tolerance:.2g}{lacks}"
+            f"{self.path}: {self.kind}, {self.precision}, {how}, differs from {self.reference} by {self.max_error:.1e} "
+            f"of the output's scale, allowed {self.tolerance:.2g}{lacks}"
         )
 
 

@@ -105,10 +105,12 @@ def build_tensorrt(
             allowed = TOLERANCES[found] if tolerance is None else tolerance
             reference = file if found != "bf16" else in_float32(file, Path(folder))
             error, batches = _compare(reference, part, batch if profile else None, allowed)
-            metadata["dspfx.max_error"] = f"{error:.3e}"
+            told = {"compared": "onnxruntime", "max_error": f"{error:.3e}", "tolerance": f"{allowed:.3e}"}
+            metadata |= {f"dspfx.{key}": value for key, value in told.items()}
             write_engine(part, engine, metadata)
     kind = f"TensorRT engine on tensorrt {trt.__version__}, {metadata['gpu.name']}"
-    return announce(Exported(Path(path), kind, found, error, allowed, batches, (), metadata), verbose)
+    result = Exported(Path(path), kind, found, error, allowed, batches, (), metadata, "its ONNX file")
+    return announce(result, verbose)
 
 
 def precision_of(file: Path) -> str:

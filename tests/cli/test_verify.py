@@ -138,6 +138,16 @@ def test_a_file_of_another_lowering_differs(folder: Path, capsys: pytest.Capture
     assert error == "dspfx verify: error: 1 of 3 links differ: lowered and ONNX (other.onnx, fp32).\n"
 
 
+def test_foreign_files_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = dspfx.load(folder / "network.safetensors")
+    torch.onnx.export(network, (torch.zeros(2, 3, 16, 16),), folder / "foreign.onnx", dynamo=True, verbose=False)
+    torch.export.save(torch.export.export(network, (torch.zeros(2, 3, 16, 16),)), folder / "foreign.pt2")
+    lines, _ = verified(capsys, folder)
+    for line, name in zip(lines[2:], ("ONNX (foreign.onnx)", "torch.export (foreign.pt2)"), strict=True):
+        assert line.startswith(f"lowered = {name}: not compared: {folder}/foreign.")
+        assert line.endswith(" does not say how it is called; the export functions of dspfx write files that do.")
+
+
 def test_what_is_no_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

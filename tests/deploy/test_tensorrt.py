@@ -92,13 +92,15 @@ def test_the_file_says_what_it_is_for(
     path, network = tmp_path / "small.engine", dspfx.lower(plain(), IMAGES, tune=None)
     built = dspfx.build_tensorrt(network, path, "fp32", verbose=True)
     assert capsys.readouterr().out.splitlines()[-1] == str(built)
-    kind = "TensorRT engine on tensorrt 10.99.0, NVIDIA Fake, fp32, any batch (compared at 1, 8, 32), differs from "
-    assert str(built).startswith(f"{path}: {kind}")
+    kind = "TensorRT engine on tensorrt 10.99.0, NVIDIA Fake, fp32, any batch (compared at 1, 8, 32)"
+    assert str(built).startswith(f"{path}: {kind}, differs from its ONNX file by ")
     metadata, engine = read_engine(path)
     machine = {"tensorrt.version": "10.99.0", "gpu.name": "NVIDIA Fake", "gpu.capability": "9.0"}
     assert {key: metadata[key] for key in machine} == machine
     assert len(metadata["dspfx.plan"]) == 64
     assert metadata["dspfx.engine_batch"] == "1,8,32"
+    assert (metadata["dspfx.compared"], metadata["dspfx.tolerance"]) == ("onnxruntime", "1.000e-04")
+    assert float(metadata["dspfx.max_error"]) == pytest.approx(built.max_error, rel=1e-3)
     importlib.import_module("onnx").load_from_string(engine)  # the bare engine, which is an ONNX file here
     assert list(tmp_path.iterdir()) == [path]
 
@@ -125,7 +127,8 @@ def test_a_foreign_file_is_known_by_its_weights(tmp_path: Path, asked: dict[str,
         if precision == "fp32":
             built = dspfx.build_tensorrt(file, path)
             assert built.precision == "fp32"
-            assert built.max_error != built.max_error  # nothing is known of how it is called
+            assert built.max_error != built.max_error
+            assert str(built).endswith(", fp32, not compared: the ONNX file does not say how it is called")
             found = dspfx.TensorRTModule(path)(IMAGES)
             assert disagreement(found, network(IMAGES).detach())[0] <= 1e-5
         else:
