@@ -49,7 +49,8 @@ def prepared(name: str) -> nn.Module:
         entry = ZOO[name.removeprefix("zoo ")]
         return dspfx.prepare(entry.build(), entry.inputs(2), GateConfig(groups=2))
     size = 299 if name == "inception_v3" else 224
-    gm = dspfx.prepare(build(name).eval(), torch.zeros(2, 3, size, size), GateConfig(groups=2))
+    gates = GateConfig(groups=2, linear=True)  # in transformers, and ConvNeXt, there is little else to prune
+    gm = dspfx.prepare(build(name).eval(), torch.zeros(2, 3, size, size), gates)
     revive(gm)
     return gm
 

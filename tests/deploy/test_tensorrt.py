@@ -284,6 +284,24 @@ def test_it_is_a_runtime(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     assert asked["profile"]["input0"] == ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8))
 
 
+def test_lower_compares_whole_engines(
+    tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(RUNTIMES, "tensorrt", replace(RUNTIMES["tensorrt"], devices=("cpu",)))
+    network = plain()
+    with torch.no_grad():
+        for value in next(network.children()).parameters():
+            value[::2] = 0
+    lowered = dspfx.lower(network, IMAGES, runtime="tensorrt", tune="measure")
+    contest = lowered.meta["contest"]
+    assert {"dense", "dead channels removed"} <= set(contest.results)
+    assert "tensorrt 10.99.0" in contest.setting
+    assert [file.name.split("-")[:2] for file in (tmp_path / "dspfx").iterdir()] == [["costs", "eager"]]
+    with torch.no_grad():
+        assert disagreement(lowered(IMAGES), network(IMAGES))[0] <= 1e-5
+
+
 def test_without_tensorrt_or_a_gpu(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     start = (
