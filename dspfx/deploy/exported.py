@@ -182,26 +182,28 @@ def write_and_compare(
         MismatchError: what was written computes something else.
     """
     batch = samples(subject.inputs)
-    several = [with_samples(subject.inputs, count) for count in (max(batch, 2), 1, 3)]  # 1 would become a constant
-    several = [inputs for inputs in several if _runs(subject.network, inputs)]
-    attempts = [([subject.inputs], False)]
-    if len({samples(inputs) for inputs in several}) > 1 and samples(several[0]) > 1:
-        attempts.insert(0, (several, True))
+    counts = dict.fromkeys((max(batch, 2), 1, 3))  # exported is the first, since a batch of 1 would become a constant
+    several = [with_samples(subject.inputs, count) for count in counts]
+    cases = [(inputs, output[0]) for inputs in several if (output := _output(subject.network, inputs))]
+    own = [case for case in cases if samples(case[0]) == batch] or [(subject.inputs, None)]
+    attempts = [(own[:1], False)]
+    if len({samples(inputs) for inputs, _ in cases}) > 1 and samples(cases[0][0]) > 1:
+        attempts.insert(0, (cases, True))
     with quiet():
         for inputs, any_batch in attempts:
             try:
-                nesting = Nesting(subject.network, inputs[0], any_batch)
+                nesting = Nesting(subject.network, inputs[0][0], any_batch)
                 if any_batch and not any(nesting.free):
                     continue
                 write(nesting)
-                found = _compare(subject, start(nesting), inputs)
+                found = _compare(start(nesting), inputs)
             except (ConfigError, InputError):
                 raise  # about what was given for calibration
             except Exception as error:
                 failure = error
                 continue  # perhaps another graph at another batch; the error that counts is the one for this batch
             if found[0] <= tolerance:
-                return Written(nesting, found[0], tuple(samples(x) for x in inputs))
+                return Written(nesting, found[0], tuple(samples(x) for x, _ in inputs))
             failure = MismatchError(
                 f"this {subject.name} as {kind} differs from PyTorch by {found[0]:.1e} of the largest value of "
                 f"{found[1]}, and {tolerance:.1e} is allowed; give example inputs like real ones, a higher precision, "
@@ -214,20 +216,17 @@ def write_and_compare(
     ) from failure
 
 
-def _compare(subject: Subject, call: Call, several: list[Inputs]) -> tuple[float, str]:
-    """The worst disagreement over all inputs."""
-    found: list[tuple[float, str]] = []
-    for inputs in several:
-        with torch.inference_mode():
-            expected = subject.network(*inputs.args, **inputs.kwargs)
-            found.append(disagreement(call(*inputs.args, **inputs.kwargs), expected))
+def _compare(call: Call, cases: list[tuple[Inputs, Any]]) -> tuple[float, str]:
+    """The worst disagreement of a call with the outputs that go with the inputs."""
+    with torch.inference_mode():
+        found = [disagreement(call(*inputs.args, **inputs.kwargs), expected) for inputs, expected in cases]
     return max(found, key=lambda one: (one[0] != one[0], one[0]))
 
 
-def _runs(network: nn.Module, inputs: Inputs) -> bool:
+def _output(network: nn.Module, inputs: Inputs) -> tuple[Any] | None:
+    """What the network returns, alone in a tuple; nothing where it does not run on this batch."""
     try:
         with torch.inference_mode():
-            network(*inputs.args, **inputs.kwargs)
+            return (network(*inputs.args, **inputs.kwargs),)
     except Exception:
-        return False
-    return True
+        return None

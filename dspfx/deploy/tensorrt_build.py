@@ -171,10 +171,11 @@ def _configured(
         for name, (low, usual, high) in profile.items():
             shapes.set_shape(name, tuple(low), tuple(usual), tuple(high))
         config.add_optimization_profile(shapes)
-    timings: api.ITimingCache = config.create_timing_cache(cache)
-    if not config.set_timing_cache(timings, ignore_mismatch=False):  # another GPU's, or another version's
-        timings = config.create_timing_cache(b"")
-        config.set_timing_cache(timings, ignore_mismatch=False)
+    known: api.ITimingCache | None = config.create_timing_cache(cache)
+    # None for what is no cache; not taken is one of another GPU or version.
+    if known is None or not config.set_timing_cache(known, ignore_mismatch=False):
+        blank: api.ITimingCache = config.create_timing_cache(b"")
+        config.set_timing_cache(blank, ignore_mismatch=False)
     return config
 
 

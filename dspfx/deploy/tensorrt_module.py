@@ -23,7 +23,8 @@ class TensorRTModule(nn.Module):
 
     It runs on PyTorch's current stream of the current CUDA device. Inputs lie there and are contiguous (others are made
     so, which copies); outputs are new tensors. After a first call with the same shapes, a call can be captured in a
-    CUDA graph. An engine of a foreign ONNX file takes its inputs in order and returns a tensor, or a tuple of them.
+    CUDA graph. Calls from several threads at once need a module each. An engine of a foreign ONNX file takes its inputs
+    in order and returns a tensor, or a tuple of them.
 
     Attributes:
         metadata: what the file says of itself.
@@ -90,7 +91,11 @@ class TensorRTModule(nn.Module):
         shapes = tuple(tuple(x.shape) for x in tensors)
         if shapes != self._shapes:  # a context keeps its shapes; a graph is captured with those of the call before
             for name, shape in zip(self._inputs, shapes, strict=True):
-                context.set_input_shape(name, shape)
+                if not context.set_input_shape(name, shape):
+                    self._shapes = ()
+                    raise InputError(
+                        f"the engine does not take {name} with the shape {list(shape)}; build it for that."
+                    )
             self._out_shapes = [tuple(context.get_tensor_shape(name)) for name in self._outputs]
             self._shapes = shapes
         held = [x.contiguous() for x in tensors]

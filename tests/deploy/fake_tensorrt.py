@@ -90,8 +90,8 @@ class IBuilderConfig:
         self._profile = profile
         return 0
 
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
-        return ITimingCache(serialized_timing_cache)
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
+        return None if serialized_timing_cache == b"no cache" else ITimingCache(serialized_timing_cache)
 
     def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
         self._cache = cache
@@ -216,7 +216,8 @@ class IExecutionContext:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         asked["shapes set"] = asked.get("shapes set", 0) + 1
         self._shapes[name] = shape
-        return True
+        known = self._engine.get_tensor_shape(name)
+        return len(known) == len(shape) and all(a in (-1, b) for a, b in zip(known, shape, strict=True))
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         batch = next(iter(self._shapes.values()))[0]

@@ -129,7 +129,13 @@ def test_a_foreign_file_is_known_by_its_weights(tmp_path: Path, asked: dict[str,
             assert built.precision == "fp32"
             assert built.max_error != built.max_error
             assert str(built).endswith(", fp32, not compared: the ONNX file does not say how it is called")
-            found = dspfx.TensorRTModule(path)(IMAGES)
+            fast = dspfx.TensorRTModule(path)
+            for wrong in (IMAGES[:, :, :4], IMAGES[0]):
+                with pytest.raises(InputError, match=r"^the engine does not take input of shape \[.*\]; build"):
+                    fast(wrong)
+            with pytest.raises(InputError, match=r"^the engine takes 1 tensors and got 2\.$"):
+                fast(IMAGES, IMAGES)
+            found = fast(IMAGES)
             assert disagreement(found, network(IMAGES).detach())[0] <= 1e-5
         else:
             assert importlib.import_module("dspfx.deploy.tensorrt").precision_of(file) == "fp16"
@@ -140,9 +146,10 @@ def test_the_timing_cache_is_used_and_kept(tmp_path: Path, asked: dict[str, Any]
     for expected in (b"+", b"++"):
         dspfx.build_tensorrt(plain(), path, "fp32", IMAGES, timing_cache=cache)
         assert cache.read_bytes() == expected
-    cache.write_bytes(b"of another GPU")
-    dspfx.build_tensorrt(plain(), path, "fp32", IMAGES, timing_cache=cache)
-    assert cache.read_bytes() == b"+"
+    for useless in (b"of another GPU", b"no cache"):
+        cache.write_bytes(useless)
+        dspfx.build_tensorrt(plain(), path, "fp32", IMAGES, timing_cache=cache)
+        assert cache.read_bytes() == b"+"
 
 
 @pytest.fixture
