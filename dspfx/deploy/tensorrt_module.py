@@ -93,9 +93,7 @@ class TensorRTModule(nn.Module):
             for name, shape in zip(self._inputs, shapes, strict=True):
                 if not context.set_input_shape(name, shape):
                     self._shapes = ()
-                    raise InputError(
-                        f"the engine does not take {name} with the shape {list(shape)}; build it for that."
-                    )
+                    raise InputError(f"the engine does not take {name} of shape {list(shape)}; build one that does.")
             self._out_shapes = [tuple(context.get_tensor_shape(name)) for name in self._outputs]
             self._shapes = shapes
         held = [x.contiguous() for x in tensors]
