@@ -18,6 +18,7 @@ from dspfx.__main__ import main
 from dspfx.cli import export
 from dspfx.deploy.onnx_file import read_graph, read_metadata
 from dspfx.deploy.tensorrt_ops import operations
+from tests.deploy import fake_tensorrt
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,6 +145,20 @@ def test_tensorrt_that_is_not_there_is_told_before_anything_is_written(
     text = failed(capsys, file, "--to", "onnx,tensorrt")
     assert text.startswith("dspfx export: error: the runtime 'tensorrt' needs the package tensorrt, which cannot be")
     assert [x.name for x in file.parent.iterdir()] == ["small.safetensors"]
+
+
+def test_an_engine_in_one_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--precision", "fp16", "--batch", "1,2,4", "--timing-cache", file.parent / "timings", "--aux-streams", 1)
+    with fake_tensorrt.installed() as asked:
+        assert main(["export", str(file), "--to", "onnx,tensorrt", *map(str, options), "--rounds", "0"]) == 0
+        profile, streams = asked["profile"], asked["config"].max_aux_streams
+    assert (profile["input0"], streams) == (((1, 3, 16, 16), (2, 3, 16, 16), (4, 3, 16, 16)), 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(
+        f"{file.with_suffix('.engine')}: TensorRT engine on tensorrt 10.99.0, NVIDIA Fake, fp16, "
+    )
+    assert lines[-1].split()[:3] == ["tensorrt", "small.engine", "fp16"]
+    assert (file.parent / "timings").is_file()
 
 
 def test_the_tool_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
