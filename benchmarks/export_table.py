@@ -39,8 +39,8 @@ SMALL = 100_000  # parameters: what the graph takes is more than a fiftieth of a
 
 
 def names() -> list[str]:
-    """The zoo's networks, then torchvision's classifiers."""
-    return [f"zoo {name}" for name in ZOO] + torchvision.models.list_models(module=torchvision.models)
+    """Torchvision's classifiers, then the zoo's networks."""
+    return torchvision.models.list_models(module=torchvision.models) + [f"zoo {name}" for name in ZOO]
 
 
 def prepared(name: str) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
+from dspfx.deploy.onnx_norms import merge_statistics
 from dspfx.errors import InputError, RuntimeBuildError
 from dspfx.graph.inputs import describe
 from dspfx.graph.samples import samples
@@ -177,10 +178,18 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dt
         exported, dynamo=True, verbose=False, input_names=names, output_names=outputs, opset_version=opset
     )
     assert program is not None
-    for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
+    merge_statistics(program.model.graph)
+    _forget_origins(program.model.graph)
     size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
     program.save(path, external_data=size > ONE_FILE)
     return names
+
+
+def _forget_origins(graph: Any) -> None:
+    """Removes what the exporter notes of each operation and value: lines of the sources, names from torch.export."""
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
