@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
+from dspfx.deploy.onnx_dft import write_out_transforms
 from dspfx.deploy.onnx_norms import merge_statistics
 from dspfx.errors import InputError, RuntimeBuildError
 from dspfx.graph.inputs import describe
@@ -179,6 +180,7 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dt
     )
     assert program is not None
     merge_statistics(program.model.graph)
+    write_out_transforms(program.model.graph)
     _forget_origins(program.model.graph)
     size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
     program.save(path, external_data=size > ONE_FILE)

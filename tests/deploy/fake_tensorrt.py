@@ -130,14 +130,14 @@ class ParserError:
         return self._index
 
     def node_name(self) -> str:
-        return f"node_DFT_{self._index}"
+        return f"node_BitwiseXor_{self._index}"
 
     def node_operator(self) -> str:
-        return "DFT"
+        return "BitwiseXor"
 
 
 class OnnxParser:
-    """Refuses files with a DFT."""
+    """Refuses files with a BitwiseXor."""
 
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self._network = network
@@ -145,7 +145,7 @@ class OnnxParser:
 
     def parse_from_file(self, model: str) -> bool:
         content = Path(model).read_bytes()
-        self.num_errors = sum(node.op_type == "DFT" for node in onnx.load_from_string(content).graph.node)
+        self.num_errors = sum(node.op_type == "BitwiseXor" for node in onnx.load_from_string(content).graph.node)
         self._network._file = content
         return self.num_errors == 0
 

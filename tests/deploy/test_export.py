@@ -30,12 +30,13 @@ from tests.zoo import OTHERS, ZOO
 
 ENTRIES = ZOO | OTHERS
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
-NETWORKS = ("resnet_bottleneck", "group_norm", "shape_branch", "siamese", "named_inputs", "dict_output", "shuffle_unit")
+NETWORKS = (
+    *("resnet_bottleneck", "group_norm", "shape_branch", "siamese", "named_inputs", "dict_output", "shuffle_unit"),
+    "fourier_channels",
+)
 ORT = importlib.import_module("onnxruntime").__version__
 KIND = f"onnx on onnxruntime {ORT}"
-# What the published list of TensorRT's parser lacks, or ONNX Runtime 1.31 does not start.
-WITHOUT_TENSORRT = {"fourier_channels": ("DFT",)}
-REFUSED = {"padded_average"}
+REFUSED = {"padded_average"}  # ONNX Runtime 1.31 does not start
 
 
 def small(name: str) -> nn.Module:
@@ -80,8 +81,8 @@ def test_files_equal_the_network_and_need_only_what_tensorrt_has(name: str, tmp_
         assert disagreement(again, expected)[0] <= TOLERANCES["fp32"]
     model = read_graph(path)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", OPSET)]
-    assert found.outside_tensorrt == refused(model) == WITHOUT_TENSORRT.get(name, ())
-    assert set(operations(model)) - set(WITHOUT_TENSORRT.get(name, ())) <= SUPPORTED
+    assert found.outside_tensorrt == refused(model) == ()
+    assert set(operations(model)) <= SUPPORTED
 
 
 def test_the_opsets_are_tensorrts() -> None:

@@ -27,9 +27,7 @@ from tests.compare import fingerprint, unchanged
 from tests.deploy.test_export import ENTRIES, IMAGES, Applied, _looks_at_the_batch, plain, small
 
 KINDS = {".xml": dspfx.export_openvino, ".pt2": dspfx.export_pt2}
-NETWORKS = ("resnet_bottleneck", "siamese", "named_inputs", "dict_output", "shuffle_unit")
-# openvino 2026.4 computes something else; that is noticed.
-REFUSED = {("fourier_channels", ".xml"): MismatchError}
+NETWORKS = ("fourier_channels", "resnet_bottleneck", "siamese", "named_inputs", "dict_output", "shuffle_unit")
 
 both = pytest.mark.parametrize("suffix", KINDS)
 
@@ -52,11 +50,6 @@ def call(path: Path, *inputs: Any) -> Any:
 )
 def test_files_equal_the_network(name: str, suffix: str, tmp_path: Path) -> None:
     network, entry, path = small(name), ENTRIES[name], tmp_path / f"small{suffix}"
-    if (name, suffix) in REFUSED:
-        with pytest.raises(REFUSED[name, suffix], match=f"^this {type(network).__name__} as OpenVINO IR on openvino"):
-            KINDS[suffix](network, path, entry.inputs(2), verbose=False)
-        assert list(tmp_path.iterdir()) == []
-        return
     before = fingerprint(network)
     found = KINDS[suffix](network, path, entry.inputs(2), verbose=False)
     assert unchanged(before, fingerprint(network))
