@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
 from dspfx.deploy.onnx_dft import write_out_transforms
+from dspfx.deploy.onnx_indices import narrow_indices
 from dspfx.deploy.onnx_norms import merge_statistics
 from dspfx.errors import InputError, RuntimeBuildError
 from dspfx.graph.inputs import describe
@@ -179,9 +180,8 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dt
         exported, dynamo=True, verbose=False, input_names=names, output_names=outputs, opset_version=opset
     )
     assert program is not None
-    merge_statistics(program.model.graph)
-    write_out_transforms(program.model.graph)
-    _forget_origins(program.model.graph)
+    for change in (merge_statistics, write_out_transforms, narrow_indices, _forget_origins):
+        change(program.model.graph)
     size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
     program.save(path, external_data=size > ONE_FILE)
     return names
@@ -189,6 +189,7 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dt
 
 def _forget_origins(graph: Any) -> None:
     """Removes what the exporter notes of each operation and value: lines of the sources, names from torch.export."""
+    graph.metadata_props.clear()
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
     for node in graph.all_nodes():

@@ -219,6 +219,18 @@ def test_int8_needs_calibration_and_nothing_else_does(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_constant_indices_take_half_the_bytes(tmp_path: Path) -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    network = Applied(lambda y: (y.index_select(1, order), y.index_select(2, torch.tensor([0, 0, -1]).abs())))
+    found = dspfx.export_onnx(network, tmp_path / "gather.onnx", IMAGES, verbose=False)
+    assert found.max_error <= 1e-6
+    onnx = importlib.import_module("onnx")
+    graph = onnx.load(tmp_path / "gather.onnx").graph
+    values = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
+    indices = [values[node.input[1]] for node in graph.node if node.op_type == "Gather"]
+    assert [(x.dtype.name, x.tolist()) for x in indices] == [("int32", [2, 0, 3, 1]), ("int32", [0, 0, 1])]
+
+
 def test_too_much_for_one_file_becomes_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dspfx.deploy.onnx.ONE_FILE", 100)
     network, path = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval(), tmp_path / "large.onnx"
