@@ -3,6 +3,11 @@
 from dspfx.config import Budget, GateConfig, Inputs
 from dspfx.coverage import coverage
 from dspfx.deploy.benchmark import benchmark
+from dspfx.deploy.export import export_onnx
+from dspfx.deploy.export_openvino import export_openvino
+from dspfx.deploy.export_pt2 import export_pt2
+from dspfx.deploy.tensorrt import build_tensorrt
+from dspfx.deploy.tensorrt_module import TensorRTModule
 from dspfx.errors import DspfxError
 from dspfx.estimate import estimate
 from dspfx.graph.ops import register_rule
@@ -19,9 +24,14 @@ __all__ = [
     "GateConfig",
     "GroupLearner",
     "Inputs",
+    "TensorRTModule",
     "benchmark",
+    "build_tensorrt",
     "coverage",
     "estimate",
+    "export_onnx",
+    "export_openvino",
+    "export_pt2",
     "load",
     "lower",
     "prepare",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dspfx.cli import benchmark, compress, estimate, profile
+from dspfx.cli import benchmark, compress, estimate, export, profile, verify
 from dspfx.errors import DspfxError
 
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     parser = argparse.ArgumentParser(prog="dspfx", description="Makes convolutional networks smaller and faster.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (compress, profile, benchmark, estimate):
+    for command in (compress, profile, benchmark, estimate, export, verify):
         command.register(commands)
     args = parser.parse_args(argv)
     try:

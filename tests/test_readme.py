@@ -1,9 +1,10 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand, one after the other."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ def test_every_name_it_mentions_is_public() -> None:
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    example, deployment = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(compile(code, str(README), "exec"), names)
+    names: dict[str, Any] = {}
+    exec(compile(example, str(README), "exec"), names)
     small, gm, plan = names["small"], names["gm"], names["plan"]
     assert isinstance(small, torch.nn.Module)
     assert isinstance(gm, torch.nn.Module)
@@ -31,4 +32,12 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         expected, found = gm.eval()(images), small(images)
     assert torch.allclose(expected, found, atol=1e-4 * float(expected.abs().max()))
-    assert abs(plan.flops_left - 0.35) < 0.005  # type: ignore[attr-defined]
+    assert abs(plan.flops_left - 0.35) < 0.005
+    exec(compile(deployment, str(README), "exec"), names)
+    with torch.no_grad():
+        expected = small(names["images"])
+    for runtime in ("onnxruntime", "openvino", "torch"):
+        found = torch.as_tensor(names[f"by_{runtime}"]).detach()
+        assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())), runtime
+    files = ["small.bin", "small.onnx", "small.pt2", "small.safetensors", "small.xml"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == files

@@ -1,1 +1,1 @@
-"""The command line: `python -m dspfx compress | profile | benchmark | estimate`, thin callers of the library."""
+"""The command line, `python -m dspfx COMMAND`: each command is a thin caller of the library."""

@@ -26,7 +26,9 @@ from dspfx.forms import FormCase, build_form
 STORE_EVERY = 50  # layers: what is measured shall not be lost with a long run
 FORMAT = 1  # of the files, and of how their values are measured
 # Inductor compiles for seconds what it then runs with the kernels of eager mode, so eager's times stand for its own.
-MEASURED_IN = {"inductor": "eager"}
+# TensorRT takes as long for an engine a layer: eager's times on its GPU choose what is worth building, and in the end
+# whole engines are compared.
+MEASURED_IN = {"inductor": "eager", "tensorrt": "eager"}
 
 
 class CostTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
+from dspfx.deploy.onnx_dft import write_out_transforms
+from dspfx.deploy.onnx_indices import narrow_indices
+from dspfx.deploy.onnx_norms import merge_statistics
 from dspfx.errors import InputError, RuntimeBuildError
+from dspfx.graph.inputs import describe
 from dspfx.graph.samples import samples
+from dspfx.storage.container import decode_inputs, encode_inputs
 
+OPSET = 20  # the newest that every TensorRT from 10.0 on reads, and the first with a Gelu
+OPSET_BF16 = 22  # the first in which convolutions take bfloat16
 ONE_FILE = 1_900_000_000  # bytes of weights that go into one file; its format ends at 2^31
 _CONSTANTS = (bool, str, type(None))
 
@@ -62,6 +70,29 @@ class Nesting:
         rest = iter(tensors)
         return pytree.tree_unflatten([next(rest) if x is None else x[0] for x in self.out_constants], self.out_spec)
 
+    def to_json(self) -> str:
+        """What `from_json` makes an equal nesting of; outputs of a type that has no name there become a tuple."""
+        try:
+            spec = pytree.treespec_dumps(self.out_spec)
+        except Exception:  # whatever the type's own description raises
+            spec = pytree.treespec_dumps(pytree.tree_structure((0,) * len(self.out_constants)))
+        inputs = encode_inputs(describe(self.inputs.args, self.inputs.kwargs))
+        return json.dumps({"inputs": inputs, "free": self.free, "outputs": spec, "constants": self.out_constants})
+
+    @classmethod
+    def from_json(cls, text: str) -> Nesting:
+        """The nesting that `to_json` described, without a network."""
+        content = json.loads(text)
+        self = cls.__new__(cls)
+        self.inputs = decode_inputs(content["inputs"])
+        self.leaves, self.spec = _flatten(self.inputs.args, self.inputs.kwargs)
+        self.tensors = [x for x in self.leaves if isinstance(x, Tensor)]
+        self.free = [bool(free) for free in content["free"]]
+        self.signature = self._signature(self.leaves)
+        self.out_spec = pytree.treespec_loads(content["outputs"])
+        self.out_constants = [None if x is None else tuple(x) for x in content["constants"]]
+        return self
+
     def _signature(self, leaves: list[Any]) -> list[Any]:
         """What two calls have to have in common: sizes but for the batch, which is the same in all tensors."""
         free = iter(self.free)
@@ -103,23 +134,32 @@ def _text(inputs: Inputs, free: list[bool]) -> str:
 
 
 class _Flat(nn.Module):
-    """A network as a function from tensors to a tuple of tensors."""
+    """A network as a function from tensors to a tuple of tensors; of float32, whatever dtype it computes in."""
 
-    def __init__(self, network: nn.Module, nesting: Nesting) -> None:
+    def __init__(self, network: nn.Module, nesting: Nesting, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.network = network
         self.nesting = nesting
+        self.dtype = dtype
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = self.nesting.nest_inputs(list(tensors))
+        inputs = self.nesting.nest_inputs([self._cast(x, torch.float32, self.dtype) for x in tensors])
         output = self.network(*inputs.args, **inputs.kwargs)
-        return tuple(x for x in pytree.tree_leaves(output) if isinstance(x, Tensor))
+        leaves = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        return tuple(self._cast(x, self.dtype, torch.float32) for x in leaves)
+
+    def _cast(self, x: Tensor, old: torch.dtype | None, new: torch.dtype | None) -> Tensor:
+        return x.to(new) if self.dtype is not None and x.dtype == old else x
 
 
-def write_onnx(network: nn.Module, nesting: Nesting, path: Path) -> list[str]:
+def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dtype | None = None) -> list[str]:
     """Writes a network in eval mode as ONNX; weights that one file of 2 GB cannot hold go into a second one.
 
-    OpenVINO reads a second file not once but for each shape that it compiles, when it may be gone.
+    OpenVINO reads a second file not once but for each shape that it compiles, when it may be gone. What the exporter
+    notes of each operation (its place in the sources, by path) is left out.
+
+    Args:
+        dtype: where the network has been converted to another one, casts at inputs and outputs keep these in float32.
 
     Returns:
         The names of the file's inputs, in the order of `nesting.tensors`.
@@ -130,11 +170,29 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path) -> list[str]:
     """
     batch = torch.export.Dim("batch")
     axes = tuple({0: batch} if free else None for free in nesting.free)
+    flat = _Flat(network, nesting, dtype)
     with torch.no_grad():
-        exported = torch.export.export(_Flat(network, nesting), tuple(nesting.tensors), dynamic_shapes=(axes,))
+        exported = torch.export.export(flat, tuple(nesting.tensors), dynamic_shapes=(axes,))
     names = [f"input{i}" for i in range(len(nesting.tensors))]
-    program = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=names)
+    outputs = [f"output{i}" for i in range(nesting.out_constants.count(None))]
+    opset = OPSET_BF16 if dtype == torch.bfloat16 else OPSET
+    program = torch.onnx.export(
+        exported, dynamo=True, verbose=False, input_names=names, output_names=outputs, opset_version=opset
+    )
     assert program is not None
+    for change in (merge_statistics, write_out_transforms, narrow_indices, _forget_origins):
+        change(program.model.graph)
     size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
     program.save(path, external_data=size > ONE_FILE)
     return names
+
+
+def _forget_origins(graph: Any) -> None:
+    """Removes what the exporter notes of each operation and value: lines of the sources, names from torch.export."""
+    graph.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()

@@ -25,11 +25,14 @@ from dspfx.deploy.agree import disagreement, tolerance_of
 from dspfx.deploy.engines import Engine, OpenVino, start_onnxruntime
 from dspfx.deploy.onnx import Nesting, write_onnx
 from dspfx.deploy.quiet import quiet, reason, torch_threads
+from dspfx.deploy.tensorrt import build_tensorrt
+from dspfx.deploy.tensorrt_module import TensorRTModule
 from dspfx.errors import ConfigError, InputError, MismatchError, RuntimeBuildError
 from dspfx.graph.inputs import describe_inputs, realise
 from dspfx.graph.samples import samples, with_samples
 
 Call = Callable[..., Any]
+HALF_TOLERANCE = 2e-2  # for engines in half precision
 TOLERANCE = 2e-5  # of an output's largest value, in float32: some 170 times the spacing of its numbers
 
 
@@ -77,6 +80,7 @@ def build(runtime: str, network: nn.Module, example_inputs: Any, threads: int = 
     compiled when it is first met, PyTorch's limit being eight. "onnxruntime" and "openvino" run on the CPU what
     `torch.onnx` exports, for the image size of the example inputs and every batch (for the batch of the example only,
     where the network's graph is another one at others); OpenVINO compiles each batch size when it is first met.
+    "tensorrt" is an engine in half precision on the GPU, for batches up to twice the example's.
 
     Args:
         runtime: a key of RUNTIMES.
@@ -227,6 +231,16 @@ def _from_onnx(
     return call
 
 
+def _tensorrt(network: nn.Module, inputs: Inputs, threads: int, any_batch: bool) -> Call:
+    """An engine in half precision, as it is deployed; for batches up to twice that of the inputs."""
+    usual = samples(inputs)
+    with tempfile.TemporaryDirectory(prefix="dspfx-") as folder:
+        path = Path(folder) / "network.engine"
+        build_tensorrt(network, path, "fp16", inputs, batch=(1, usual, 2 * usual))
+        fast = TensorRTModule(path)
+    return lambda *args, **kwargs: fast(*args, **kwargs)
+
+
 RUNTIMES: dict[str, Runtime] = {
     "eager": Runtime(_eager, tolerance=0.0),
     "inductor": Runtime(_inductor, tolerance=TOLERANCE),
@@ -245,5 +259,13 @@ RUNTIMES: dict[str, Runtime] = {
         extra="openvino",
         any_batch=True,
         devices=("cpu",),
+    ),
+    "tensorrt": Runtime(
+        _tensorrt,
+        tolerance=HALF_TOLERANCE,
+        packages=("onnx", "onnxscript", "onnxruntime", "tensorrt"),
+        extra="tensorrt",
+        any_batch=True,
+        devices=("cuda",),
     ),
 }

@@ -1,0 +1,132 @@
+"""A lowered network as a file that other programs run, compared with PyTorch before it is put in its place.
+
+print(export_onnx(small, "small.onnx"))
+small.onnx: onnx on onnxruntime 1.31.1, fp32, any batch (compared at 2, 1, 3), differs from PyTorch by 4.1e-07 ...
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dspfx.deploy.exported import DTYPES, TOLERANCES, Exported, Subject, Written, need, subject_of, write_and_compare
+from dspfx.deploy.onnx import Nesting, write_onnx
+from dspfx.deploy.onnx_file import check_file, in_float32, read_graph, start_file, write_metadata
+from dspfx.deploy.quantize import quantize
+from dspfx.deploy.staging import staged
+from dspfx.deploy.tensorrt_ops import refused
+from dspfx.errors import ConfigError, StorageError
+
+
+def export_onnx(
+    small: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    precision: str = "fp32",
+    calibration: Iterable[Any] | None = None,
+    tolerance: float | None = None,
+    verbose: bool = True,
+) -> Exported:
+    """Writes a lowered (or any other ungated) network as ONNX, for every batch where its graph allows that.
+
+    The file is checked by ONNX's checker with strict shape inference, run on ONNX Runtime beside the network in
+    PyTorch at several batches, and only then put at `path`; a network of more than 1.9 GB gets a second file,
+    `path`.data. Inputs and outputs stay float32 in every precision.
+
+    Args:
+        small: left as it was; exported in eval mode.
+        path: ends in .onnx.
+        example_inputs: as for `prepare`; a network of dspfx remembers its own. Images like real ones make the
+            comparison mean more.
+        precision: "fp32"; "fp16" or "bf16" convert the network and cast at its inputs and outputs (bf16 is compared
+            with bf16's weights and float32's arithmetic, ONNX Runtime having no kernels for it on a CPU); "int8" puts
+            QuantizeLinear and DequantizeLinear around convolutions and linear layers.
+        calibration: for "int8", example inputs like real ones, some hundred images in all.
+        tolerance: the largest error that is accepted, of the output's largest value; by default 1e-4, 2e-2 (fp16),
+            1e-1 (bf16), 0.25 (int8).
+        verbose: print the result.
+
+    Raises:
+        ModelError: there is a gate left; lower first.
+        ConfigError: an unknown precision, "int8" without calibration, or packages are missing (named).
+        InputError: as for `prepare`.
+        StorageError: `path` cannot be written.
+        RuntimeBuildError: the exporter or ONNX Runtime rejects the network; the last line says why.
+        MismatchError: the file computes something else than PyTorch.
+    """
+    version = need("export_onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx")
+    check_calibration(precision, calibration)
+    subject = subject_of(small, example_inputs, precision)
+    allowed = TOLERANCES[precision] if tolerance is None else tolerance
+    kind = f"onnx on onnxruntime {version}"
+    with staged(path, (".onnx",)) as part:
+        written = _write_onnx(subject, part, precision, calibration, kind, allowed)
+        metadata = describe_file(subject, written, kind, allowed)
+        write_metadata(part, metadata)
+        lacks = refused(read_graph(part))
+    return announce(
+        Exported(Path(path), kind, precision, written.max_error, allowed, written.batches, lacks, metadata), verbose
+    )
+
+
+def check_calibration(precision: str, calibration: Iterable[Any] | None) -> None:
+    """ConfigError unless there is calibration exactly where it is needed."""
+    if (precision == "int8") != (calibration is not None):
+        raise ConfigError(
+            f"precision is {precision!r} and calibration {'missing' if calibration is None else 'given'}; int8, and "
+            f"only int8, needs calibration=[images, ...], some hundred images like real ones."
+        )
+
+
+def describe_file(subject: Subject, written: Written, kind: str, tolerance: float) -> dict[str, str]:
+    """The metadata of a file."""
+    metadata = subject.metadata | {
+        "dspfx.compared": kind,
+        "dspfx.max_error": f"{written.max_error:.3e}",
+        "dspfx.tolerance": f"{tolerance:.3e}",
+        "dspfx.batches": ",".join(map(str, written.batches)),
+    }
+    try:
+        return metadata | {"dspfx.nesting": written.nesting.to_json()}
+    except StorageError:  # inputs that hold what JSON has no place for; whoever loads the file calls it with tensors
+        return metadata
+
+
+def announce(exported: Exported, verbose: bool) -> Exported:
+    """Prints the result, if it shall be."""
+    if verbose:
+        print(exported)
+    return exported
+
+
+def _write_onnx(
+    subject: Subject, part: Path, precision: str, calibration: Iterable[Any] | None, kind: str, allowed: float
+) -> Written:
+    """The file, compared; whatever else was written beside it is gone."""
+    dtype = DTYPES.get(precision)
+    network = subject.network if dtype is None else copy.deepcopy(subject.network).to(dtype)
+    batches = list(calibration or [])
+
+    def write(nesting: Nesting) -> None:
+        for old in part.parent.iterdir():
+            old.unlink()
+        write_onnx(network, nesting, part, dtype)
+        if precision == "int8":
+            quantize(part, nesting, batches)
+        check_file(part)
+
+    def start(nesting: Nesting) -> Any:
+        if precision != "bf16":
+            return start_file(part, nesting)
+        twin = in_float32(part, part.parent)
+        call = start_file(twin, nesting)
+        twin.unlink()
+        return call
+
+    return write_and_compare(subject, kind, allowed, write, start)
