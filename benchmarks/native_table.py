@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx.deploy.benchmark import describe_setting
+from dspfx.deploy.machine import block_width
 from dspfx.deploy.quiet import torch_threads
 from dspfx.deploy.runtimes import build
 from dspfx.deploy.timing import compare, interleave
@@ -102,14 +103,17 @@ def measure_network(case: Case, batch: int, rounds: int) -> dict[str, Any]:
     """Ratios to the dense network in its fastest runtime, all in the same rounds."""
     x = torch.randn(batch, 3, case.size, case.size)
     channels = thinned(case.dense, case.size, 1, case.share)
+    forms = {
+        "dense": (case.dense,),
+        "groups": (forced(case.pruned, "dense", block_width()), forced(case.pruned, "branches", block_width())),
+        "channels": (forced(channels, "dense"), forced(channels, "dense", block_width())),
+    }
     calls: dict[str, Callable[[], Any]] = {}
     for runtime in STOCK:
-        networks = {"dense": case.dense, "groups": dspfx.lower(case.pruned, x, runtime) if runtime != "eager" else None}
-        networks["channels"] = dspfx.lower(channels, x, runtime) if runtime != "eager" else None
-        for kind, network in networks.items():
-            if network is not None:
+        for kind, networks in forms.items():
+            for i, network in enumerate(networks):
                 built = build(runtime, network, x)
-                calls[f"{kind} {runtime}"] = lambda built=built: built(x)
+                calls[f"{kind} {runtime} {i}"] = partial(built, x)
     ours, whole = native(case.pruned), native(case.dense)
     calls |= {"native": lambda: ours(x), "native, dense": lambda: whole(x)}
     with torch_threads(1), torch.inference_mode():
@@ -243,11 +247,12 @@ def page(networks: list[dict], layers: list[dict], threads: list[dict], command:
         [
             f"# The native kernels ({processor_features()})",
             "Time of the whole network to that of the dense network in the fastest of ONNX Runtime, OpenVINO and "
-            "PyTorch; below 1 is faster. *stock forms*: the same structure, lowered for ONNX Runtime or OpenVINO by "
-            "measuring, the faster of the two. *native*: the network as `dspfx.lower` returns it, called from Python. "
-            "*native to whole channels*: to a network of the same MACs from which whole channels were pruned, lowered "
-            "by measuring, in its fastest runtime (in brackets). *to itself, dense*: to the dense network in the "
-            "native kernels, the fraction of MACs being what it could be at best. Medians of paired ratios.",
+            "PyTorch; below 1 is faster. *stock forms*: the same structure in these runtimes, without dead channels in "
+            "widths of whole blocks, or in branches, the fastest of all. *native*: the network as `dspfx.lower` "
+            "returns it, called from Python. *native to whole channels*: to a network of the same MACs from which "
+            "whole channels were pruned, in any widths or whole blocks, in its fastest runtime (in brackets). *to "
+            "itself, dense*: to the dense network in the native kernels, the fraction of MACs being what it could be "
+            "at best. Medians of paired ratios.",
             tables[0],
             "Time per remaining multiply-add of each convolution to that of the same kernel on the dense layer, batch "
             "1; *all* weighs the layers by their dense time.",
