@@ -99,10 +99,10 @@ def measure(name: str) -> dict[str, Any]:
 
 def page(lines: list[dict[str, Any]], command: str) -> str:
     """The page in Markdown."""
-    rows = []
+    rows, failed = [], [line for line in lines if "failed" in line]
     for line in lines:
         if "failed" in line:
-            rows.append((line["name"], f"{line['params']:,}", "", "", "", "", "", line["failed"].splitlines()[-1]))
+            rows.append((line["name"], f"{line['params']:,}", *[""] * 6))
             continue
         ratio = line["bytes"] / (4 * line["params"]) if line["params"] else float("nan")
         batches = "any" if len(line["batches"]) > 1 else str(line["batches"][0])
@@ -121,6 +121,7 @@ def page(lines: list[dict[str, Any]], command: str) -> str:
             f"TensorRT's published list ({SOURCE}) has no support for.",
             summary(lines),
             table,
+            *(f"{line['name']} was not exported: {line['failed'].splitlines()[-1]}" for line in failed),
             f"Operations met: {', '.join(sorted({op for line in lines for op in line.get('ops', ())}))}.",
             f"{describe_runtime('onnxruntime')}, {describe_machine(torch.device('cpu'), 1)}, torchvision "
             f"{torchvision.__version__}; the seconds are of a shared machine.",
