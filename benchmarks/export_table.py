@@ -99,10 +99,11 @@ def measure(name: str) -> dict[str, Any]:
 
 def page(lines: list[dict[str, Any]], command: str) -> str:
     """The page in Markdown."""
-    rows = []
+    rows, failed = [], [line for line in lines if "failed" in line]
+    missing = [name for name in names() if name not in {line["name"] for line in lines}]
     for line in lines:
         if "failed" in line:
-            rows.append((line["name"], f"{line['params']:,}", "", "", "", "", "", line["failed"].splitlines()[-1]))
+            rows.append((line["name"], f"{line['params']:,}", *[""] * 6))
             continue
         ratio = line["bytes"] / (4 * line["params"]) if line["params"] else float("nan")
         batches = "any" if len(line["batches"]) > 1 else str(line["batches"][0])
@@ -121,6 +122,8 @@ def page(lines: list[dict[str, Any]], command: str) -> str:
             f"TensorRT's published list ({SOURCE}) has no support for.",
             summary(lines),
             table,
+            *(f"{line['name']} was not exported: {line['failed'].splitlines()[-1]}" for line in failed),
+            *([f"Not measured yet: {', '.join(missing)}."] if missing else []),
             f"Operations met: {', '.join(sorted({op for line in lines for op in line.get('ops', ())}))}.",
             f"{describe_runtime('onnxruntime')}, {describe_machine(torch.device('cpu'), 1)}, torchvision "
             f"{torchvision.__version__}; the seconds are of a shared machine.",
@@ -137,6 +140,8 @@ def summary(lines: list[dict[str, Any]]) -> str:
         done = [line for line in own if "failed" not in line]
         large = [line["bytes"] / (4 * line["params"]) for line in done if line["params"] >= SMALL]
         agreeing = sum(line["error"] <= TOLERANCE for line in done)
+        whole = sum(name.startswith("zoo ") == (kind == "zoo") for name in names())
+        rows.append((f"{kind}: measured", f"{len(own)} of {whole}"))
         rows.append((f"{kind}: exported and checked", f"{len(done)} of {len(own)}"))
         rows.append((f"{kind}: agree to {TOLERANCE:.0e} of scale", f"{agreeing} of {len(own)}"))
         rows.append((f"{kind}: largest error", f"{max((line['error'] for line in done), default=0.0):.1e}"))

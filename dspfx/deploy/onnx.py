@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
 from dspfx.deploy.onnx_dft import write_out_transforms
+from dspfx.deploy.onnx_folding import optimize
 from dspfx.deploy.onnx_indices import narrow_indices
 from dspfx.deploy.onnx_norms import merge_statistics
 from dspfx.errors import InputError, RuntimeBuildError
@@ -177,9 +178,16 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dt
     outputs = [f"output{i}" for i in range(nesting.out_constants.count(None))]
     opset = OPSET_BF16 if dtype == torch.bfloat16 else OPSET
     program = torch.onnx.export(
-        exported, dynamo=True, verbose=False, input_names=names, output_names=outputs, opset_version=opset
+        exported,
+        dynamo=True,
+        verbose=False,
+        optimize=False,  # by ourselves
+        input_names=names,
+        output_names=outputs,
+        opset_version=opset,
     )
     assert program is not None
+    optimize(program.model)
     for change in (merge_statistics, write_out_transforms, narrow_indices, _forget_origins):
         change(program.model.graph)
     size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
