@@ -148,9 +148,8 @@ def summary(lines: list[dict[str, Any]]) -> str:
         rows.append(
             (f"{kind}: networks with an operation that TensorRT refuses", sum(bool(x["refused"]) for x in done))
         )
-        rows.append(
-            (f"{kind}: largest file, of 4 bytes a parameter ({SMALL:,} and more)", f"{max(large, default=0):.4f}")
-        )
+        if large:
+            rows.append((f"{kind}: largest file, of 4 bytes a parameter ({SMALL:,} and more)", f"{max(large):.4f}"))
     return tabulate(rows, headers=["what", "reached"], tablefmt="github", disable_numparse=True)
 
 
