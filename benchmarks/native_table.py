@@ -44,6 +44,7 @@ from tests.data import DSP_RESNET20
 from tests.nets.published import load_published
 
 STOCK = ("onnxruntime", "openvino", "eager")
+LARGE = 64  # pixels a side, from which on one image is timed
 LAYERS = ((64, 64, 112, 3), (128, 128, 56, 3), (256, 256, 56, 1), (512, 512, 28, 3))  # C, O, height, kernel
 
 
@@ -70,7 +71,7 @@ def cases(only: str) -> list[Case]:
     ):
         label = f"{name}, {groups} groups"
         found.append((label, lambda name=name, groups=groups, share=share: random_structure(name, groups, share)))
-    return [make() for label, make in found if only in label]
+    return [make() for label, make in found if any(part in label for part in only.split(","))]
 
 
 def published() -> Case:
@@ -268,14 +269,14 @@ def page(networks: list[dict], layers: list[dict], threads: list[dict], command:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--only", default="", help="networks whose name contains one of these, separated by commas")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--write", type=Path, help="write the page to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     networks, layers = [], []
     for case in cases(options.only):
-        for batch in (1, 8):
+        for batch in (1, 8) if case.size < LARGE else (1,):
             networks.append(measure_network(case, batch, options.rounds))
             print(networks[-1], flush=True)
         layers.append(measure_layers(case))
