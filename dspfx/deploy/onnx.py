@@ -146,11 +146,16 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = self.nesting.nest_inputs([self._cast(x, torch.float32, self.dtype) for x in tensors])
         output = self.network(*inputs.args, **inputs.kwargs)
-        leaves = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        # An output that is an input would take the input's name with it.
+        leaves = [x.clone() if any(x is y for y in tensors) else x for x in _tensors(output)]
         return tuple(self._cast(x, self.dtype, torch.float32) for x in leaves)
 
     def _cast(self, x: Tensor, old: torch.dtype | None, new: torch.dtype | None) -> Tensor:
         return x.to(new) if self.dtype is not None and x.dtype == old else x
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
 
 def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dtype | None = None) -> list[str]:
