@@ -85,7 +85,7 @@ def test_flat_settings_show_what_was_given() -> None:
         (
             "--runtime fast",
             ConfigError,
-            "runtime is 'fast', which dspfx does not know; give one of 'eager', 'inductor', 'onnxruntime', 'openvino', ",
+            "runtime is 'fast', which dspfx does not know; give one of 'eager', 'inductor', 'onnxruntime', ",
         ),
         ("--groups 0", ConfigError, "GateConfig.groups is 0; give an integer of at least 1"),
         ("--epochs-learn -1", ConfigError, "--epochs-learn is -1; give 0 or more."),
