@@ -44,6 +44,7 @@ from tests.data import DSP_RESNET20
 from tests.nets.published import load_published
 
 STOCK = ("onnxruntime", "openvino", "eager")
+Array = np.ndarray[Any, np.dtype[np.float64]]
 LARGE = 64  # pixels a side, from which on one image is timed
 LAYERS = ((64, 64, 112, 3), (128, 128, 56, 3), (256, 256, 56, 1), (512, 512, 28, 3))  # C, O, height, kernel
 
@@ -140,63 +141,71 @@ def measure_network(case: Case, batch: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def step_times(engine: Engine, x: Tensor, rounds: int = 15) -> dict[Conv, float]:
-    """Seconds of each convolution, the program's steps being called one by one in its order."""
-    engine([x], 1)
-    loaded = next(iter(engine.loaded.values()))
-    program, steps = loaded.program, []
-    place = program.first
-    while program.steps[place]:
-        steps.append(program.steps[place : place + program.steps[place + 1]])
-        place += program.steps[place + 1]
-    ends = np.cumsum([len(program.steps), *(len(step) + 2 for step in steps)])
-    array = np.concatenate([program.steps, *(np.append(step, [0, 0]) for step in steps)]).astype(np.int32)
-    call = loaded.spare[0]
-    outputs = [torch.empty(1, *shape) for shape in program.outputs]
-    call.inputs[0] = x.data_ptr()
-    for i, y in enumerate(outputs):
-        call.outputs[i] = y.data_ptr()
-    seconds = np.zeros((rounds, len(ends)))
-    for r in range(rounds):
-        for i, first in enumerate([*ends[:-1], ends[-1] - 2]):  # the last one is nothing but the call
+class Steps:
+    """The steps of an engine's program, to be called one by one in their order."""
+
+    def __init__(self, engine: Engine, x: Tensor) -> None:
+        self.outputs, self.engine = engine([x], 1), engine
+        self.loaded, self.x = next(iter(engine.loaded.values())), x
+        program, self.convolves, steps = self.loaded.program, [], []
+        place = program.first
+        while program.steps[place]:
+            self.convolves.append(program.steps[place] == 1)
+            steps.append(np.append(program.steps[place : place + program.steps[place + 1]], [0, 0]))
+            place += program.steps[place + 1]
+        self.array = np.concatenate([program.steps, *steps]).astype(np.int32)
+        ends = np.cumsum([len(program.steps), *map(len, steps)])
+        self.places = [*ends[:-1], ends[-1] - 2]  # the last one is nothing but the call
+        self.seconds: list[list[float]] = []
+
+    def time(self) -> None:
+        """One more round."""
+        loaded, call = self.loaded, self.loaded.spare[0]
+        call.inputs[0] = self.x.data_ptr()
+        for i, y in enumerate(self.outputs):
+            call.outputs[i] = y.data_ptr()
+        self.seconds.append([])
+        for place in self.places:
             start = time.perf_counter()
-            engine.library.run(
-                ctypes.c_void_p(array.ctypes.data), int(first), engine.weights_place, call.work, call.inputs,
+            self.engine.library.run(
+                ctypes.c_void_p(self.array.ctypes.data), int(place), self.engine.weights_place, call.work, call.inputs,
                 call.outputs, loaded.input_sizes, loaded.output_sizes, 1, 1,
             )  # fmt: skip
-            seconds[r, i] = time.perf_counter() - start
-    convs = [layer for layer in engine.chain.layers if isinstance(layer, Conv)]
-    *medians, empty = np.median(seconds, 0)
-    times = [max(t - empty, 1e-9) for t, step in zip(medians, steps, strict=True) if step[0] == 1]
-    return dict(zip(convs, times, strict=True))
+            self.seconds[-1].append(time.perf_counter() - start)
+
+    def convolutions(self) -> dict[Conv, tuple[Array, int]]:
+        """Seconds of each convolution, round by round, and its multiply-adds at one position."""
+        seconds = np.array(self.seconds)
+        taken = np.maximum(seconds[:, :-1] - np.median(seconds[:, -1]), 1e-9)[:, self.convolves]
+        engine = self.engine
+        convs = [layer for layer in engine.chain.layers if isinstance(layer, Conv)]
+        work = [
+            sum(len(tile.filters) * len(tile.channels) for tile, _, _ in engine.packed.tiles[conv])
+            * conv.kernel[0] * conv.kernel[1] for conv in convs
+        ]  # fmt: skip
+        return {conv: (seconds, macs) for conv, seconds, macs in zip(convs, taken.T, work, strict=True)}
 
 
-def measure_layers(case: Case) -> dict[str, Any]:
+def measure_layers(case: Case, rounds: int) -> dict[str, Any]:
     """Time per remaining multiply-add to that of the same kernel on the dense layer, over the network's layers."""
     x = torch.randn(1, 3, case.size, case.size)
-    rates = []
-    for network in (case.pruned, case.dense):
-        small = native(network)
-        chain = next(m for m in small.modules() if isinstance(m, NativeChain))
-        engine = chain.engine([x])
-        times = step_times(engine, x)
-        work = {
-            conv: sum(len(t.filters) * len(t.channels) for t, _, _ in engine.packed.tiles[conv])
-            * conv.kernel[0] * conv.kernel[1] for conv in times
-        }  # fmt: skip
-        rates.append([(times[conv], work[conv]) for conv in times])
-    ratios = [(t / max(w, 1)) / (dt / dw) for (t, w), (dt, dw) in zip(*rates, strict=True) if w]
-    total = sum(t for t, _ in rates[0]) / sum(t for t, _ in rates[1])
-    positions = [dw for _, dw in rates[1]]
-    kept = sum(t * w / dw for (_, w), (t, dw) in zip(*rates, strict=True)) / sum(t for t, _ in rates[1])
+    chains = [next(m for m in native(net).modules() if isinstance(m, NativeChain)) for net in (case.pruned, case.dense)]
+    ours, dense = (Steps(chain.engine([x]), x) for chain in chains)
+    for _ in range(rounds):
+        ours.time()
+        dense.time()
+    layers = list(zip(ours.convolutions().values(), dense.convolutions().values(), strict=True))
+    ratios = [float(np.median(t / dt)) / (work / all_) for (t, work), (dt, all_) in layers if work]
+    taken, whole = (sum(pair[i][0] for pair in layers) for i in (0, 1))
+    share = sum(np.median(dt) * work / all_ for (_, work), (dt, all_) in layers) / np.median(whole)
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         "network": case.name,
-        "layers": len(positions),
+        "layers": len(layers),
         "low": low,
         "median": middle,
         "high": high,
-        "all": total / kept,
+        "all": float(np.median(taken / whole) / share),
     }
 
 
@@ -279,7 +288,7 @@ def main() -> None:
         for batch in (1, 8) if case.size < LARGE else (1,):
             networks.append(measure_network(case, batch, options.rounds))
             print(networks[-1], flush=True)
-        layers.append(measure_layers(case))
+        layers.append(measure_layers(case, options.rounds))
         print(layers[-1], flush=True)
     threads = measure_threads(options.rounds)
     prefix = f"LD_PRELOAD=./{Path(os.environ['LD_PRELOAD']).name} " if os.environ.get("LD_PRELOAD") else ""

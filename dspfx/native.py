@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dspfx.errors import InputError
-from dspfx.graph.native_layers import floats
+from dspfx.graph.native_layers import Unsupported, floats
 from dspfx.graph.to_chain import chain_of
 from dspfx.kernels.chain import Shape
 from dspfx.kernels.engine import Engine
@@ -43,7 +43,7 @@ class NativeChain(nn.Module):
         else:
             try:
                 outputs = self.engine(inputs)(list(inputs))
-            except InputError:  # too large for the kernels, or for nobody: then the plain layers say why
+            except (InputError, Unsupported):  # too large for the kernels, or for nobody: then the plain layers say why
                 return self.plain(*inputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 

@@ -7,6 +7,7 @@ A chain has at least one convolution, is connected, and no path leaves it and co
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import replace
 
@@ -99,17 +100,14 @@ def _fuse(part: TracedModule, members: list[fx.Node]) -> None:
     outputs = [node for node in members if not inside.issuperset(node.users)]
     graph = fx.Graph()
     copies = {source: graph.placeholder(f"x{i}") for i, source in enumerate(inputs)}
-    for source, copy in list(copies.items()):
-        copy.meta["val"] = source.meta["val"]
     for node in members:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     found = [copies[node] for node in outputs]
     graph.output(found[0] if len(found) == 1 else tuple(found))
-    name = NAME
-    while hasattr(part, name):
-        name = f"{NAME}_{int(name.rpartition('_')[2]) + 1}" if "_" in name else f"{NAME}_1"
+    names = itertools.chain([NAME], (f"{NAME}_{i}" for i in itertools.count(1)))
+    name = next(name for name in names if not hasattr(part, name))
     part.add_module(name, NativeChain(fx.GraphModule(part, graph)).eval())
-    with part.graph.inserting_after(max(members, key=list(part.graph.nodes).index)):
+    with part.graph.inserting_after(members[-1]):
         call = part.graph.call_module(name, tuple(inputs))
     _replace(part.graph, call, outputs)
     for node in reversed(members):

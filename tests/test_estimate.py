@@ -86,6 +86,7 @@ def test_where_nothing_pays_it_says_so(timed: Any) -> None:
     assert all(trial.params_left <= trial.budget for trial in found.trials)
 
 
+@pytest.mark.filterwarnings("ignore:.*this machine is busy")
 def test_a_latency_is_one_question() -> None:
     found = dspfx.estimate(ENTRY.build(), ENTRY.inputs(), "eager", Budget(latency=1.0))
     assert [trial.budget for trial in found.trials] == [1.0]

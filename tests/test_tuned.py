@@ -299,6 +299,7 @@ def test_latencies_are_fractions(latency: Any) -> None:
         Budget(latency=latency)
 
 
+@pytest.mark.filterwarnings("ignore:.*this machine is busy")
 def test_pruned_to_a_measured_latency_in_earnest() -> None:
     """The whole time is met whatever the machine does meanwhile: the dense network's ratio to itself is 1."""
     gm, inputs = network(), (IMAGE.double(),)

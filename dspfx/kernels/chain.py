@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from dspfx.errors import InputError
+from dspfx.kernels.structure import window_count
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Pair = tuple[int, int]
@@ -155,7 +156,26 @@ def reads(layer: Layer) -> tuple[int, ...]:
 
 
 def shape_of(layer: Layer, known: dict[int, Shape]) -> Shape:
-    """The shape of a layer's value, of one image; InputError where it cannot read what it is given."""
+    """The shape of a layer's value, of one image; InputError where it cannot read what it is given.
+
+    What fits at one size of images need not fit at another: a stride rounds a window's count down, a pooling up.
+    """
+    shape = _shape(layer, known)
+    others = [known[value] for value in reads(layer)[1:]]
+    fits = shape
+    if isinstance(layer, Cat):
+        others = [(shape[0], *other[1:]) for other in others]
+    elif isinstance(layer, Scale):
+        fits = (shape[0], 1, 1)
+    elif isinstance(layer, Map) and len(layer.scale) != (shape[0] if len(shape) == 3 else 1):
+        others.append((len(layer.scale), *shape[1:]))
+    for other in others:
+        if other != fits:
+            raise InputError(f"a {type(layer).__name__} of this chain joins {shape} and {other}, which do not fit.")
+    return shape
+
+
+def _shape(layer: Layer, known: dict[int, Shape]) -> Shape:
     if isinstance(layer, Cat):
         return (sum(known[x][0] for x in layer.xs), *known[layer.xs[0]][1:])
     x = known[layer.x]
@@ -164,8 +184,8 @@ def shape_of(layer: Layer, known: dict[int, Shape]) -> Shape:
             raise InputError(
                 f"a convolution of this chain reads {layer.weight.shape[1] * layer.groups} channels and gets {x[0]}."
             )
-        sizes = zip(x[1:], layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
-        return (layer.weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes))
+        windows = zip(x[1:], layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
+        return (layer.weight.shape[0], *(window_count(*window) for window in windows))
     if isinstance(layer, Pool):
         pooled = zip(x[1:], layer.kernel, layer.stride, layer.padding, strict=True)
         return (x[0], *(_pooled(n, k, s, p, layer.ceil) for n, k, s, p in pooled))
@@ -184,8 +204,7 @@ def shape_of(layer: Layer, known: dict[int, Shape]) -> Shape:
 
 def _pooled(size: int, kernel: int, stride: int, padding: int, ceil: bool) -> int:
     """A last window that starts behind the pixels does not count."""
-    spare = size + 2 * padding - kernel
     if not ceil:
-        return spare // stride + 1
-    count = -(-spare // stride) + 1
+        return window_count(size, kernel, stride, padding)
+    count = -(-(size + 2 * padding - kernel) // stride) + 1
     return count - 1 if (count - 1) * stride >= size + padding else count

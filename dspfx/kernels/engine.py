@@ -19,6 +19,7 @@ from dspfx.kernels.packed import Packed
 from dspfx.kernels.program import Builder, Program
 
 HUGE_PAGE = 1 << 21
+MACS_A_THREAD = 1 << 23  # below, threads wait for each other longer than they work
 KEPT = 8  # programs; a network that meets ever new sizes shall not keep a workspace for each
 
 
@@ -39,7 +40,7 @@ class Engine:
         self.loaded: OrderedDict[tuple[Shape, ...], Loaded] = OrderedDict()
 
     def __call__(self, inputs: list[Tensor], threads: int | None = None) -> list[Tensor]:
-        """The outputs for a batch [N, ...] of every input; `threads` are torch's own where none are given."""
+        """The outputs for a batch [N, ...] of every input; by default with as many of torch's threads as find work."""
         inputs = [x.contiguous() for x in inputs]
         shapes = tuple(tuple(x.shape[1:]) for x in inputs)
         loaded = self.loaded.get(shapes)
@@ -50,7 +51,8 @@ class Engine:
             kinds = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in inputs)
             raise InputError(f"a chain got {kinds}; it takes float32 on the CPU, as many images in each.")
         outputs = [torch.empty((images, *shape)) for shape in loaded.program.outputs]
-        self._run(loaded, inputs, outputs, images, threads or torch.get_num_threads())
+        worth = 1 + images * loaded.program.macs // MACS_A_THREAD
+        self._run(loaded, inputs, outputs, images, threads or min(torch.get_num_threads(), worth))
         return outputs
 
     def _load(self, shapes: tuple[Shape, ...]) -> Loaded:

@@ -14,7 +14,7 @@ from dspfx.kernels import triton_conv
 from dspfx.kernels.chain import Activation, Chain, Conv, Floats
 from dspfx.kernels.engine import Engine
 from dspfx.kernels.library import library_or_none
-from dspfx.kernels.structure import Structure, check_call, check_fit, reference, unpack
+from dspfx.kernels.structure import Structure, check_call, check_fit, reference, unpack, window_count
 
 
 def group_conv2d(
@@ -66,28 +66,14 @@ def _group_conv2d(
 
 
 @_group_conv2d.register_fake
-def _shape(
-    input: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    structure: Tensor,
-    size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
-    sizes = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(input.shape[2:], size[1:], stride, padding, dilation, strict=True)
-    ]
-    return input.new_empty((input.shape[0], size[0], *sizes))
+def _shape(input: Tensor, packed: Tensor, bias: Any, structure: Tensor, size: list[int], *rest: Any) -> Tensor:
+    stride, padding, dilation, _, _ = rest
+    windows = zip(input.shape[2:], size[1:], stride, padding, dilation, strict=True)
+    return input.new_empty((input.shape[0], size[0], *(window_count(*window) for window in windows)))
 
 
-_engines: WeakIdKeyDictionary = (
-    WeakIdKeyDictionary()
-)  # packed weight -> (what belongs to it, the structure, the engine)
+# packed weight -> (what belongs to it, the structure, the engine)
+_engines: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _native(

@@ -8,6 +8,7 @@ program refers to lies in its workspace.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +44,15 @@ SMALLEST_BLOCK = 128  # positions
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What native.cpp runs, for images of one size: `steps` from `first` on; its floats of workspace start as zeros."""
+    """What native.cpp runs, for images of one size: `steps` from `first` on; its floats of workspace start as zeros.
+
+    `macs` are the multiply-adds of the convolutions of one image.
+    """
 
     steps: np.ndarray[Any, np.dtype[np.int32]]
     first: int
     floats: int
+    macs: int
     outputs: tuple[Shape, ...]
 
 
@@ -65,6 +70,7 @@ class Builder:
         self.length = 0
         self.masks: dict[tuple[int, ...], int] = {}
         self.steps: list[int] = []
+        self.macs = 0
         self.far: list[int] = []  # where the steps of convolutions say whether what they read is far
 
     def build(self) -> Program:
@@ -103,7 +109,7 @@ class Builder:
         first = self.length
         steps = np.concatenate([*self.data, np.array([*self.steps, 0, 0], np.int32)]).astype(np.int32)
         floats = self.work.floats + 64 * self.lanes
-        return Program(steps, first, floats, tuple(self.shapes[value] for value in self.chain.outputs))
+        return Program(steps, first, floats, self.macs, tuple(self.shapes[value] for value in self.chain.outputs))
 
     def _overwritten(self, layer: Layer | Phase, index: int, last: dict[int, int], held: dict[int, int]) -> int | None:
         """A value that is read for the last time, and position by position: its result may take its place."""
@@ -236,9 +242,7 @@ class Builder:
             self._step(SCALE, *self._positions(layer.y), len(fields) // 3, *fields)
         elif isinstance(layer, Pool):
             pairs = [p for pair in zip(planes[layer.x], planes[layer.y], strict=True) for p in pair]
-            sizes = [
-                f(v) for v in (layer.x, layer.y) for f in (lambda v: shapes[v][1], lambda v: shapes[v][2], self._pitch)
-            ]
+            sizes = [size for v in (layer.x, layer.y) for size in (*shapes[v][1:], self._pitch(v))]
             across = layer.stride[1]
             wide = max(shapes[layer.x][2] + 2 * layer.padding[1], shapes[layer.y][2] * across + layer.kernel[1])
             part = shapes[layer.y][2] + layer.kernel[1] // across + 2 * self.lanes
@@ -275,6 +279,7 @@ class Builder:
                 lists[tile.channels] = self._datum(offsets[list(tile.channels)])
             filters = list(tile.filters)
             head = [len(filters), len(tile.channels) * len(taps), lists[tile.channels], weights, bias]
+            self.macs += head[0] * head[1] * math.prod(self.shapes[layer.y][1:])
             places.append(self._datum([*head, *(outputs[o] for o in filters), *(residuals[o] for o in filters)]))
         positions, mask = self._positions(layer.y)
         phases = len({tap.value for tap in taps})

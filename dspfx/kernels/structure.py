@@ -252,15 +252,19 @@ def output_shape(
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(pair) != 2 or min(pair) < least:
             raise ConfigError(f"{name} is {tuple(pair)}; give two integers of at least {least}.")
-    sizes = [
-        (shape[2 + i] + 2 * padding[i] - dilation[i] * (structure.kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
+    windows = zip(shape[2:], structure.kernel, stride, padding, dilation, strict=True)
+    sizes = [window_count(*window) for window in windows]
     if min(sizes) < 1:
         raise InputError(
             f"the input has {shape[2]}x{shape[3]} pixels, too few for a kernel of {structure.kernel[0]}x"
             f"{structure.kernel[1]} with padding {tuple(padding)} and dilation {tuple(dilation)}."
         )
     return shape[0], structure.out_channels, sizes[0], sizes[1]
+
+
+def window_count(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    """How many windows of a kernel there are along an axis of `size`."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _indices(group: Group, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -221,6 +221,25 @@ def test_other_channels_are_refused() -> None:
     assert str(refused.value) == "a convolution of this chain reads 3 channels and gets 4."
 
 
+def test_what_fits_at_one_size_only_is_refused_at_others() -> None:
+    """A convolution of stride 2 with a border, and a pooling: of 8 rows both make 4, of 7 one makes 4 and one 3."""
+    weight, bias, none = np.zeros((2, 2, 3, 3), np.float32), np.zeros(2, np.float32), np.ones(2, np.float32)
+    pool, conv = Pool(0, 1, True, (2, 2), (2, 2), (0, 0)), Conv(0, 2, weight, bias, (2, 2), (1, 1))
+    for last in (
+        Conv(0, 3, weight, bias, (2, 2), (1, 1), residual=1),
+        Map(2, 3, none, none, second=1),
+        Cat((2, 1), 3),
+    ):
+        engine = Engine(Chain(1, (pool, conv, last), (3,)))
+        assert engine([torch.randn(1, 2, 8, 8)])[0].shape[2:] == (4, 4)
+        with pytest.raises(InputError, match="of this chain joins"):
+            engine([torch.randn(1, 2, 7, 8)])
+    with pytest.raises(InputError, match="of this chain joins"):
+        Engine(Chain(1, (pool, conv, Scale(2, 1, 3)), (3,)))([torch.randn(1, 2, 8, 8)])
+    with pytest.raises(InputError, match="of this chain joins"):
+        Engine(Chain(1, (Map(0, 1, none, none),), (1,)))([torch.randn(1, 3, 8, 8)])
+
+
 def test_without_a_compiler_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(RuntimeBuildError) as refused:
