@@ -79,7 +79,7 @@ class NativeChain(nn.Module):
 
     def _can_run(self, inputs: tuple[Tensor, ...]) -> bool:
         for x in inputs:
-            if type(x) not in _PLAIN or x.dtype != torch.float32 or x.device.type != "cpu":
+            if type(x) not in _PLAIN or x.dtype != torch.float32 or not x.is_cpu:
                 return False
             if x.shape[0] != inputs[0].shape[0]:  # one of them is no batch
                 return False

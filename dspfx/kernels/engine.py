@@ -47,12 +47,13 @@ class Engine:
         if loaded is None:
             loaded = self._load(shapes)
         images = inputs[0].shape[0]
-        if any(x.shape[0] != images or x.dtype != torch.float32 or x.device.type != "cpu" for x in inputs):
+        if any(x.shape[0] != images or x.dtype != torch.float32 or not x.is_cpu for x in inputs):
             kinds = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in inputs)
             raise InputError(f"a chain got {kinds}; it takes float32 on the CPU, as many images in each.")
         outputs = [torch.empty((images, *shape)) for shape in loaded.program.outputs]
         worth = 1 + images * loaded.program.macs // MACS_A_THREAD
-        self._run(loaded, inputs, outputs, images, threads or min(torch.get_num_threads(), worth))
+        threads = threads or (min(torch.get_num_threads(), worth) if worth > 1 else 1)
+        self._run(loaded, inputs, outputs, images, threads)
         return outputs
 
     def _load(self, shapes: tuple[Shape, ...]) -> Loaded:
