@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dspfx import ranks
 from dspfx.errors import MismatchError, ModelError
 from dspfx.graph.traced import network_meta
 from dspfx.method import grouping
@@ -41,7 +42,7 @@ class Gate:
         """Starts logits that are all zero at `_LEAN` for the group that clustering gives each filter."""
         if self.layer.is_learned or self.layer.gate_groups == 1:
             return
-        energy = grouping.kernel_energy(self.weight.detach())
+        energy = ranks.whole(grouping.kernel_energy(self.weight.detach()))
         if not bool(energy.isfinite().all()):
             return  # the first step names the layer
         group = cluster_filters(energy.cpu(), self.layer.gate_groups).to(energy.device)
@@ -77,17 +78,18 @@ class GateBatch:
 
     def energies(self) -> Tensor:
         """w2 [B, O, C]."""
-        return torch.stack([grouping.kernel_energy(weight) for weight in self.weights])
+        return torch.stack([ranks.whole(grouping.kernel_energy(weight)) for weight in self.weights])
 
     def products(self, gradients: list[Tensor]) -> Tensor:
         """<W, g> [B, O, C], of gradients like `parameters`."""
         pairs = zip(self.gates, gradients, strict=True)
-        return torch.stack([grouping.kernel_products(gate.weight, gate.layer.by_filter(g)) for gate, g in pairs])
+        products = [grouping.kernel_products(gate.weight, gate.layer.by_filter(g)) for gate, g in pairs]
+        return torch.stack([ranks.whole(product) for product in products])
 
     def multiply(self, factor: Tensor) -> None:
         """W[o, c] <- W[o, c] * factor[b, o, c] for each weight, in place; zeros stay zeros."""
         for weight, kernels in zip(self.weights, factor[..., None], strict=True):
-            weight.mul_(kernels)
+            weight.mul_(ranks.shared_like(kernels, weight))
 
     def step_logits(self, hypergradient: Tensor, lr: float) -> None:
         """One Adam step on the logits, along [B, G, O]."""
@@ -141,6 +143,12 @@ def find_gates(gm: nn.Module) -> tuple[GatePlan, list[Gate]]:
     return plan, gates
 
 
+def gated_tensors(gm: nn.Module) -> dict[str, Tensor]:
+    """What a PrunePlan depends on, by name: weight, logits, groups and channels of every gate."""
+    gates = {name: m for name, m in gm.named_modules() if isinstance(m, GatedLayer)}
+    return {f"{name}.{key}": getattr(gate, key) for name, gate in gates.items() for key in ("weight", *gate.GATE_KEYS)}
+
+
 def batch_gates(gates: list[Gate], optimizer: torch.optim.Optimizer, scales: dict[Any, Tensor]) -> list[GateBatch]:
     """The gates whose weights this optimizer step has trained: in the optimizer, not frozen, with a gradient.
 
@@ -177,7 +185,7 @@ def check_finite(batches: list[GateBatch], hypergradients: list[Tensor]) -> None
     for batch, hypergradient in zip(batches, hypergradients, strict=True):
         for gate, part in zip(batch.gates, hypergradient, strict=True):
             if not torch.isfinite(part).all():
-                what = "gradient" if torch.isfinite(gate.layer.weight).all() else "weight"
+                what = "gradient" if torch.isfinite(ranks.whole(gate.layer.weight)).all() else "weight"
                 raise ModelError(
                     f"The {what} of {gate.name!r} holds NaN or infinity; the logits and weights were not touched by "
                     "GroupLearner in this step. Lower the learning rate, or use a GradScaler with float16."

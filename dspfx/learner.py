@@ -10,12 +10,14 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from dspfx import ranks
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
 from dspfx.gates import Gate, GateBatch, batch_gates, check_finite, check_saved, find_gates
 from dspfx.method import grouping
 from dspfx.second_pass import gradient_at
 
 _STATE_VERSION = 1
+_COMPARED_EVERY = 100  # steps, and the first: are the ranks still alike?
 
 
 class GroupLearner:
@@ -36,6 +38,10 @@ class GroupLearner:
             loss(gm(x), y).backward()
             optimizer.step()
 
+    In a distributed training (DistributedDataParallel, or fully_shard of the whole network) construct it on every rank.
+    The hypergradients are averaged over the ranks, so that all of them learn what one process would from the joint
+    batch. Noise and logits are the same everywhere, which is compared now and then.
+
     The learner keeps no copy of the network: logits live in `gm` (`gate_logits`) and in its state_dict. Save
     `gm`, optimizer and learner together, and a resumed run continues as an uninterrupted one.
 
@@ -50,11 +56,13 @@ class GroupLearner:
             by channel energies gives it, which short trainings need: from "zeros", the paper's start, thousands of
             steps at lr 1e-3 hardly tell filters apart.
         seed: of the learner's own noise; the global generators are never touched.
+        distributed: where torch.distributed is initialised, all ranks train one network; False: each its own.
 
     Raises:
-        ConfigError: an argument out of its range, or an optimizer that maximizes.
+        ConfigError: an argument out of its range, an optimizer that maximizes, or mode="exact" of a sharded network.
         ModelError: `gm` has no gates.
-        MismatchError: the optimizer does not own a gated weight, or the gates differ from the network's gate plan.
+        MismatchError: the optimizer does not own a gated weight, or the gates differ from the network's gate plan;
+            while learning, on every rank: the ranks' weights or logits differ.
     """
 
     def __init__(
@@ -67,8 +75,15 @@ class GroupLearner:
         lr: float = 1e-3,
         start: Literal["clusters", "zeros"] = "clusters",
         seed: int = 0,
+        *,
+        distributed: bool = True,
     ) -> None:
         _check_arguments(total_steps, strength, mode, lr, start)
+        if mode == "exact" and ranks.is_sharded(gm):
+            raise ConfigError(
+                "GroupLearner with mode='exact' takes gradients past the hooks of fully_shard; use mode='fused', or "
+                "DistributedDataParallel."
+            )
         plan, self._gates = find_gates(gm)
         _check_optimizer(optimizer, self._gates)
         if start == "clusters":
@@ -79,6 +94,7 @@ class GroupLearner:
         self.strength = 540 / sum(p.numel() for p in gm.parameters()) if strength == "auto" else float(strength)
         self.lr = lr
         self.steps = 0
+        self._is_shared = distributed and ranks.count() > 1
         self._gm, self._optimizer, self._config = gm, optimizer, plan.config
         self._generator = torch.Generator().manual_seed(seed)
         self._hypergradients: list[Tensor] = []
@@ -106,11 +122,12 @@ class GroupLearner:
 
     def stats(self) -> dict[str, float]:
         """For progress bars: steps, penalty R of the hard groups (unweighted), mean entropy of a filter's group
-        probabilities in nats (log G at the start, 0 when decided), and the norm of the last hypergradient."""
+        probabilities in nats (log G at the start, 0 when decided), and the norm of the last hypergradient. Of a network
+        under fully_shard, to be called on every rank."""
         penalty, entropy, filters = 0.0, 0.0, 0
         with torch.no_grad():
             for gate in self._gates:
-                logits, energy = gate.layer.gate_logits, grouping.kernel_energy(gate.weight)
+                logits, energy = gate.layer.gate_logits, ranks.whole(grouping.kernel_energy(gate.weight))
                 hard = grouping.hard_groups(logits).to(energy.dtype)
                 penalty += float(grouping.penalty(hard, energy, gate.scale))
                 logs = torch.log_softmax(logits / self._config.tau, dim=0)
@@ -210,6 +227,10 @@ class GroupLearner:
             )
             for batch, p, energy, g, factor in zip(batches, soft, energies, gradients, factors, strict=True)
         ]
+        if self._is_shared:
+            if self.steps % _COMPARED_EVERY == 0:
+                ranks.check_same(_compared(batches, energies))
+            ranks.average(hypergradients)  # linear in the gradients: exact's, which no hook of DDP sees, come along
         check_finite(batches, hypergradients)
         for batch, energy, hypergradient in zip(batches, energies, hypergradients, strict=True):
             batch.step_logits(hypergradient, self.lr)
@@ -219,6 +240,15 @@ class GroupLearner:
             batch.multiply(factor)
         self._hypergradients = hypergradients
         self.steps += 1
+
+
+def _compared(batches: list[GateBatch], energies: list[Tensor]) -> dict[str, Tensor]:
+    """What has to be the same on every rank: the kernels' energies, for the weights, and the logits."""
+    found: dict[str, Tensor] = {}
+    for batch, energy in zip(batches, energies, strict=True):
+        for gate, w2 in zip(batch.gates, energy, strict=True):
+            found |= {f"{gate.name}.weight": w2, f"{gate.name}.gate_logits": gate.layer.gate_logits}
+    return found
 
 
 def _check_arguments(total_steps: int, strength: float | str, mode: str, lr: float, start: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dspfx import ranks
 from dspfx.config import DEFAULT_GATES, Budget, GateConfig, Inputs
 from dspfx.deploy.compete import Contest, Entrant, compete
 from dspfx.deploy.costs import CostTable
@@ -19,10 +20,11 @@ from dspfx.deploy.machine import block_width
 from dspfx.deploy.runtimes import check_runtime
 from dspfx.deploy.settle import settle
 from dspfx.errors import BudgetError, ConfigError, ModelError, RuntimeBuildError
+from dspfx.gates import gated_tensors
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import propagate
-from dspfx.graph.parts import describe_parts, trace_parts, why_untraced
-from dspfx.graph.traced import Network, is_traced_in_parts, network_meta, parts_of, settle_eval
+from dspfx.graph.parts import describe_parts, trace_parts
+from dspfx.graph.traced import Network, network_meta, parts_of, settle_eval
 from dspfx.kernels.library import library_or_none
 from dspfx.method.importance import Importance, resolve
 from dspfx.modules import GatedLayer
@@ -40,7 +42,7 @@ from dspfx.passes.plan_lower import plan_lower
 from dspfx.passes.plan_prune import plan_prune
 from dspfx.passes.remove_gates import remove_gates
 from dspfx.passes.shrink_channels import shrink_channels
-from dspfx.plans import GatePlan, LowerPlan, PrunePlan
+from dspfx.plans import LowerPlan, PrunePlan
 
 NATIVE = ("eager", "inductor")  # the runtimes that call the native kernels
 HOPEFUL = 1.1  # of the best predicted time: what is predicted to take longer is not worth building
@@ -70,24 +72,9 @@ def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = D
     """
     if any(isinstance(m, GatedLayer) for m in model.modules()):
         raise ModelError("this model is prepared already; prune it, or prepare the original model.")
+    ranks.require_whole(model, "prepare")
     gm = trace_parts(model, example_inputs)
-    plan = plan_gates(gm, analyse(gm), config)
-    return insert_gates(gm, _explained(gm, plan))
-
-
-def _explained(gm: Network, plan: GatePlan) -> GatePlan:
-    """The plan with what it cannot know of layers that lie in no traced part: why, and their multiply-adds."""
-    if not is_traced_in_parts(gm):
-        return plan
-    inside = {f"{name}.{layer}" for name, part in parts_of(gm).items() for layer, _ in part.named_modules()}
-    macs = network_meta(gm)["macs"]
-    return replace(
-        plan,
-        skipped=tuple(
-            s if s.name in inside else replace(s, reason=why_untraced(gm, s.name), macs=macs.get(s.name, s.macs))
-            for s in plan.skipped
-        ),
-    )
+    return insert_gates(gm, plan_gates(gm, analyse(gm), config))
 
 
 def prune(
@@ -98,6 +85,7 @@ def prune(
     runtime: str | None = None,
     *,
     threads: int = 1,
+    distributed: bool = True,
 ) -> PrunePlan:
     """Prunes a prepared network in place to `budget` and returns the plan; what is dropped stays zero in training.
 
@@ -108,6 +96,8 @@ def prune(
     removing, and the whole network, lowered and timed beside the dense one, says how much of it. Other budgets are met
     afterwards, by removing more. On a terminal a bar shows how far it is.
 
+    In a distributed training it is to be called on every rank: rank 0 decides, all of them carry it out.
+
     Args:
         gm: what `prepare` returned, perhaps trained since.
         budget: fractions of the dense network that remain.
@@ -115,12 +105,15 @@ def prune(
         example_inputs: where the budget should count another input size than the one prepared with; a latency is that
             of their batch.
         runtime, threads: where a latency is measured, see `lower`.
+        distributed: where torch.distributed is initialised, all ranks hold one network and call this; False: this rank
+            alone prunes a network of its own.
 
     Raises:
         ModelError: `gm` is not prepared, or holds weights that are not finite.
         BudgetError: the budget is below the floor this network can reach, names the floor; or a latency comes without
             a runtime. Nothing was changed.
         ConfigError, RuntimeBuildError, MismatchError: for a latency, as for `lower`.
+        MismatchError: the ranks hold different weights.
     """
     if "gate_plan" not in network_meta(gm) or not any(isinstance(m, GatedLayer) for m in gm.modules()):
         raise ModelError(f"{type(gm).__name__} has no gated convolution; call gm = dspfx.prepare(model) first.")
@@ -134,6 +127,24 @@ def prune(
         check_runtime(runtime, threads)
     if example_inputs is not None:
         describe_parts(gm, example_inputs)
+    if budget.latency is not None:
+        ranks.require_whole(gm, f"prune to {budget}")
+
+    def decide() -> PrunePlan:
+        return _pruned_to(gm, budget, energy, runtime, threads)
+
+    with ranks.gathered(gm):
+        if distributed and ranks.count() > 1:
+            ranks.check_same(gated_tensors(gm))
+            plan = PrunePlan.from_json(ranks.decided_by_first(lambda: decide().to_json()))
+        else:
+            plan = decide()
+    apply_masks(gm, plan, analyse(gm))
+    return plan
+
+
+def _pruned_to(gm: Network, budget: Budget, energy: Importance, runtime: str | None, threads: int) -> PrunePlan:
+    """The plan that meets every part of the budget."""
     work, plan = gm, None
     if budget.latency is not None and runtime is not None:
         plan = _plan_latency(gm, budget.latency, energy, runtime, threads)
@@ -142,7 +153,6 @@ def prune(
         latency = plan.latency_left if plan else None
         plan = replace(plan_prune(work, analyse(work), budget, energy), latency_left=latency)
     assert plan is not None
-    apply_masks(gm, plan, analyse(gm))
     return plan
 
 
@@ -155,7 +165,7 @@ def _plan_latency(gm: Network, latency: float, energy: Importance, runtime: str,
         if "dense" not in contest.results:
             raise RuntimeBuildError(f"there is no dense network to compare with: {contest.notes[0]}")
         for note in contest.notes:
-            warnings.warn(f"pruning to a latency of {latency}: {note}", stacklevel=4)
+            warnings.warn(f"pruning to a latency of {latency}: {note}", stacklevel=6)
         return contest.ratio
 
     with _costs(gm, runtime, threads) as table:
@@ -209,6 +219,7 @@ def lower(
     if tune not in ("auto", "measure", None):
         raise ConfigError(f"tune is {tune!r}; give 'auto', 'measure', or None for a rule without measurements.")
     check_runtime(runtime, threads)
+    ranks.require_whole(model, "lower")
     gm = _plain(model, example_inputs)
     if tune is None or (tune == "auto" and example_inputs is None):
         return _carried_out(gm, _planned(gm, LowerOptions(1 if runtime == "eager" else block_width())), fold)

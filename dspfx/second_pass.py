@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dspfx.errors import ConfigError
@@ -19,8 +18,8 @@ def gradient_at(
     """d closure() / d weights of each batch, at weights times factors; zero where the closure does not use a weight.
 
     Afterwards the weights, the buffers of `gm` and the random number generators are bit for bit what they were, also
-    when the closure raises; `.grad` is never touched. In a distributed run the gradient is averaged over the ranks,
-    because `torch.autograd.grad` passes DDP's hooks by.
+    when the closure raises; `.grad` is never touched. In a distributed training it is the gradient of this rank's own
+    batch: `torch.autograd.grad` passes DDP's hooks by.
 
     Raises:
         ConfigError: the closure does not return a scalar loss that depends on the weights.
@@ -35,7 +34,7 @@ def gradient_at(
             )
         weights = [weight for batch in batches for weight in batch.parameters]
         flat = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True) if weights else ()
-    gradients = iter(_averaged(list(flat)))
+    gradients = iter(flat)
     return [[next(gradients) for _ in batch.gates] for batch in batches]
 
 
@@ -79,11 +78,3 @@ def _untouched_buffers(module: nn.Module) -> Iterator[None]:
 
 def _cuda_devices(module: nn.Module) -> list[torch.device]:
     return list({tensor.device for tensor in module.parameters() if tensor.is_cuda})
-
-
-def _averaged(gradients: list[Tensor]) -> list[Tensor]:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient.div_(dist.get_world_size())
-    return gradients

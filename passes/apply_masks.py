@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from dspfx import ranks
 from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.channels import ChannelGraph
@@ -44,7 +45,8 @@ def apply_masks(model: Model, plan: PrunePlan, channels: ChannelGraph | None = N
             keep[g, list(group.channels)] = True
         gate.gate_group.copy_(row)
         gate.gate_keep.copy_(keep)
-    masks = find_masks(model, channels or analyse(model))
+    with ranks.gathered(model):
+        masks = find_masks(model, channels or analyse(model))
     for prefix, part in parts_of(model).items():
         start = f"{prefix}." if prefix else ""
         own = {name.removeprefix(start): mask for name, mask in masks.items() if name.startswith(start)}
@@ -95,8 +97,8 @@ def enforce_masks(gm: TracedModule, optimizer: Optimizer | None = None) -> None:
         parameter = attribute(gm, name)
         if owned is not None and id(parameter) not in owned:
             continue
-        if dead.device != parameter.device:
-            masks[name] = dead = dead.to(parameter.device)
+        if type(dead) is Tensor and (dead.device != parameter.device or ranks.is_shard(parameter)):
+            masks[name] = dead = ranks.shared_like(dead.expand(parameter.shape), parameter)
         with torch.no_grad():
             parameter.masked_fill_(dead, 0)
             for value in _state_of(optimizer, parameter):
@@ -120,7 +122,8 @@ def _masks(gm: TracedModule) -> dict[str, Tensor]:
     now = _state(gm)
     if state != now:
         pruned = any(m.is_pruned for m in gm.modules() if isinstance(m, GatedLayer))
-        masks = find_masks(gm, analyse(gm)) if pruned else {}
+        with ranks.gathered(gm):
+            masks = find_masks(gm, analyse(gm)) if pruned else {}
         gm.meta["masks"] = (now, masks)
     return masks
 

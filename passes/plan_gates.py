@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx, nn
 
 from dspfx.config import GateConfig
@@ -9,7 +11,8 @@ from dspfx.errors import ConfigError, ModelError
 from dspfx.graph.channels import ChannelGraph, Step
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.layers import layer_of
-from dspfx.graph.traced import TracedModule, all_graphs
+from dspfx.graph.parts import why_untraced
+from dspfx.graph.traced import TracedModule, all_graphs, is_traced_in_parts, network_meta, parts_of
 from dspfx.modules import GATED
 from dspfx.plans import GatePlan, GateSpec, Skipped
 
@@ -52,7 +55,7 @@ def plan_gates(model: nn.Module, channels: ChannelGraph, config: GateConfig) -> 
         holds = min(cost.out_channels, cost.in_channels)
         groups = min(config.groups, holds)
         gated.append(GateSpec(name, groups, cost.out_channels, cost.in_channels, cost.input_elements, cost.macs))
-    return GatePlan(config, tuple(gated), tuple(skipped))
+    return _explained(model, GatePlan(config, tuple(gated), tuple(skipped)))
 
 
 def _reason(
@@ -76,6 +79,21 @@ def _reason(
     if not isinstance(module, tuple(GATED)) or step.layer.weight != f"{name}.weight":
         return "its weight is a bare parameter, not that of a layer module"
     return ""
+
+
+def _explained(gm: nn.Module, plan: GatePlan) -> GatePlan:
+    """The plan with what it cannot know of layers that lie in no traced part: why, and their multiply-adds."""
+    if not is_traced_in_parts(gm):
+        return plan
+    inside = {f"{name}.{layer}" for name, part in parts_of(gm).items() for layer, _ in part.named_modules()}
+    macs = network_meta(gm)["macs"]
+    return replace(
+        plan,
+        skipped=tuple(
+            s if s.name in inside else replace(s, reason=why_untraced(gm, s.name), macs=macs.get(s.name, s.macs))
+            for s in plan.skipped
+        ),
+    )
 
 
 def _reads_the_input(model: nn.Module, channels: ChannelGraph) -> set[str]:

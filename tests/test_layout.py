@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "errors", "plans"},
-    {"method", "kernels"},
+    {"method", "kernels", "ranks"},
     {"graph", "modules", "norms", "forms", "grouped", "native"},
     {"passes"},
     {"gates", "second_pass", "learner", "storage"},

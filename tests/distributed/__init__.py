@@ -1,0 +1,1 @@
+"""Learning and pruning on several processes."""
