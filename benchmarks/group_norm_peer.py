@@ -88,6 +88,19 @@ def pruned(model: nn.Module, example: Tensor, cut: Cut) -> nn.Module:
     return model
 
 
+def pruned_by_l1(model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
+    """A copy in eval mode without the filters of the smallest L1 norm, the same share of every layer (Li et al.)."""
+    model = copy.deepcopy(model).eval()
+    tp.pruner.MagnitudePruner(
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=1, group_reduction="first"),
+        pruning_ratio=ratio,
+        ignored_layers=[module for module in model.modules() if isinstance(module, nn.Linear)],
+    ).step()
+    return model
+
+
 def candidates(model: nn.Module, example: Tensor, target: float) -> list[Candidate]:
     """Every different structure that the pruner makes of `model` near the target, that of most multiply-adds first."""
     dense = dspfx.profile(model, example[:1])

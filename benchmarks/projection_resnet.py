@@ -1,4 +1,4 @@
-"""ResNet20 for small images whose shortcuts are 1x1 convolutions, from weights with parameter-free shortcuts."""
+"""ResNets for small images whose shortcuts are 1x1 convolutions, from weights with parameter-free shortcuts."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class ProjectionBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
 
 
-def build(checkpoint: Path | None) -> nn.Module:
-    """ResNet20 with the checkpoint's weights and 1x1 convolutions for shortcuts."""
-    model = models.build("resnet20", 10)
+def build(checkpoint: Path | None, name: str = "resnet20") -> nn.Module:
+    """A ResNet for CIFAR with the checkpoint's weights and 1x1 convolutions for shortcuts."""
+    model = models.build(name, 10)
     if checkpoint is not None:
         models.load_checkpoint(model, checkpoint)
     for layer in (model.layer2, model.layer3):
