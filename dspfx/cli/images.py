@@ -19,6 +19,8 @@ from torchvision.transforms import v2
 from dspfx.errors import StorageError
 
 Batch = tuple[Tensor, Tensor]
+Part = tuple[int, int]  # (k, n): of every batch, the k-th of each n images, for one of n processes
+WHOLE: Part = (0, 1)
 
 
 class Split(Protocol):
@@ -26,10 +28,10 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
+    def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
         """Every image once, not augmented."""
 
-    def epoch(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def epoch(self, batch_size: int, seed: int, part: Part = WHOLE) -> Iterator[Batch]:
         """Shuffled and augmented full batches; the rest of the last one is left out."""
 
 
@@ -68,18 +70,20 @@ class MemorySplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
+    def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
-            yield self._normalise(images), labels
+            if len(labels) > part[0]:
+                yield self._normalise(own(images, part)), own(labels, part)
 
-    def epoch(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def epoch(self, batch_size: int, seed: int, part: Part = WHOLE) -> Iterator[Batch]:
         # Drawn on the CPU whatever the device, so that every machine sees the same epoch.
         generator = torch.Generator().manual_seed(seed)
         count, device = len(self), self.images.device
         order = torch.randperm(count, generator=generator).to(device)
         shifts = torch.randint(0, 2 * self.PADDING + 1, (count, 2), generator=generator).to(device)
         mirror = (torch.rand(count, generator=generator) < 0.5).to(device) & self.flip
-        for rows in full_batches(count, batch_size):
+        for batch in full_batches(count, batch_size):
+            rows = own(batch, part)
             chosen = order[rows]
             images = self._shift(self.images[chosen], shifts[rows], mirror[rows])
             yield self._normalise(images), self.labels[chosen]
@@ -109,20 +113,21 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
-        return self._load(_Files(self.paths, self.labels, _centre(self.look), None), range(len(self)), batch_size)
+    def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
+        starts = range(0, len(self), batch_size)
+        batches = [list(own(range(start, min(start + batch_size, len(self))), part)) for start in starts]
+        return self._load(_Files(self.paths, self.labels, _centre(self.look), None), batches)
 
-    def epoch(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def epoch(self, batch_size: int, seed: int, part: Part = WHOLE) -> Iterator[Batch]:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = [index for rows in full_batches(len(self), batch_size) for index in order[rows]]
-        return self._load(_Files(self.paths, self.labels, _augment(self.look), seed), chosen, batch_size)
+        batches = [order[own(rows, part)] for rows in full_batches(len(self), batch_size)]
+        return self._load(_Files(self.paths, self.labels, _augment(self.look), seed), batches)
 
-    def _load(self, files: _Files, order: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    def _load(self, files: _Files, batches: list[list[int]]) -> Iterator[Batch]:
         device = self.look.device
         loader = DataLoader(
             files,
-            batch_size=batch_size,
-            sampler=order,
+            batch_sampler=[batch for batch in batches if batch],
             num_workers=min(self.look.workers, len(files)),
             pin_memory=device.type == "cuda",
         )
@@ -158,6 +163,14 @@ def full_batches(count: int, batch_size: int) -> Iterator[slice]:
         return
     for start in range(0, count - batch_size + 1, batch_size):
         yield slice(start, start + batch_size)
+
+
+def own(batch: Any, part: Part) -> Any:
+    """This process's part of a batch: a sequence, a tensor of images, or a slice of consecutive indices."""
+    first, each = part
+    if isinstance(batch, slice):
+        return slice((batch.start or 0) + first, batch.stop, each)
+    return batch[first::each]
 
 
 def _to_tensor(look: Look) -> list[torch.nn.Module]:

@@ -173,6 +173,21 @@ def test_an_epoch_is_a_function_of_its_seed(tmp_path: Path, size: int) -> None:
     assert [len(labels) for _, labels in first] == [8, 8, 8]  # of 26 images, the incomplete batch is left out
 
 
+@pytest.mark.parametrize("size", [32, 80])
+def test_processes_share_every_batch(tmp_path: Path, size: int) -> None:
+    write_images(tmp_path, 20, size)
+    split = load(str(tmp_path), image_size=size).train
+    for whole, parts in (
+        (list(split.epoch(8, 1)), [list(split.epoch(8, 1, (rank, 3))) for rank in range(3)]),
+        (list(split.in_order(8)), [list(split.in_order(8, (rank, 3))) for rank in range(3)]),
+    ):
+        for i, (images, labels) in enumerate(whole):
+            for rank, part in enumerate(parts):
+                if len(labels) > rank:
+                    assert same([(images[rank::3], labels[rank::3])], [part[i]])
+        assert sum(len(labels) for part in parts for _, labels in part) == sum(len(labels) for _, labels in whole)
+
+
 def test_workers_change_nothing(tmp_path: Path) -> None:
     write_images(tmp_path, 10, size=80)
     alone = load_data(configured(str(tmp_path)), default_size=70, device=CPU, workers=0).train
