@@ -79,11 +79,13 @@ def find_origins(gm: nn.Module, small: nn.Module) -> dict[str, Origin]:
     for _, parameter in owners:
         copied = copies.get(id(parameter))
         if copied is not None:
-            copied.requires_grad_(False).data = torch.arange(start, start + parameter.numel(), dtype=torch.float64).view(parameter.shape)
+            copied.requires_grad_(False).data = torch.arange(
+                start, start + parameter.numel(), dtype=torch.float64
+            ).view(parameter.shape)
         start += parameter.numel()
     shrink_channels(twin, channels, plan)
     made = {name: numbers.long() for name, numbers in _numbers(twin, plan, small).items()}
-    found = {name: p for name, p in small.named_parameters(remove_duplicate=False)}
+    found = dict(small.named_parameters(remove_duplicate=False))
     _check_same(gm, {name: tuple(p.shape) for name, p in found.items()}, {n: tuple(v.shape) for n, v in made.items()})
     starts = torch.tensor([p.numel() for _, p in owners]).cumsum(0)
     origins = {}

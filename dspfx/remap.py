@@ -8,6 +8,7 @@ ema  ------------------------------------------->  remap_ema(ema, gm, small)
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from dspfx.errors import MismatchError, ModelError
+from dspfx.errors import MismatchError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import propagate
 from dspfx.graph.traced import Network, network_meta, parts_of
@@ -27,7 +28,7 @@ from dspfx.passes.shrink_channels import shrink_channels
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-_ITEMS = ("params", "param_names")  # of a group: what is no option
+Followers = dict[int, list[tuple[str, nn.Parameter]]]  # id of gm's parameter -> what came of it, by its names
 _PLAIN = (bool, int, float, complex, str, type(None))
 
 
@@ -43,10 +44,10 @@ def remap_optimizer(optimizer: AnyOptimizer, gm: nn.Module, small: nn.Module) ->
     they were. Hooks are not taken over: a GroupLearner has nothing to learn in `small`, and a scheduler is
     constructed on the new optimizer, with the old one's state_dict.
 
-    The next step then changes `small` as it would have changed `gm`, with two exceptions. Zeros inside of a layer that
-    stays dense, which pruning holds at zero in `gm`, are ordinary weights of `small`: they cost nothing more, and
-    train from zero with a state of zero. And optimizers that look at a whole tensor (Adafactor's and LAMB's norms,
-    Muon) see one without its dead channels.
+    The next step then changes `small` as it would have changed `gm`, with three exceptions. Zeros inside of a layer
+    that stays dense, which pruning holds at zero in `gm`, are ordinary weights of `small`: they cost nothing more, and
+    train from zero with a state of zero. Optimizers that look at a whole tensor (Adafactor's and LAMB's norms, Muon)
+    see one without its dead channels. And dropout draws other numbers for fewer channels.
 
     Args:
         optimizer: any torch optimizer that keeps its state by parameter, and that owns what `small` trains.
@@ -56,36 +57,29 @@ def remap_optimizer(optimizer: AnyOptimizer, gm: nn.Module, small: nn.Module) ->
     Raises:
         ModelError: `gm` is not prepared, or `small` not lowered.
         MismatchError: `small` was lowered with fold=True, or from another network; a parameter of `small` is computed
-            from several of `gm`'s (a parametrization), or `optimizer` does not own one that trains (both are named);
-            or there is state that is not by parameter, or that is a mean over channels of which some are gone.
+            from several of `gm`'s (a parametrization), or one of `gm`'s that layers share became several, or
+            `optimizer` does not own one that trains (all are named); or there is state that is not by parameter, or
+            that is a mean over channels of which some are gone.
     """
     _check_class(optimizer)
     origins = find_origins(gm, small)
-    names = {id(p): name for name, p in gm.named_parameters()}
     _check_owned(optimizer, small, origins)
-    followers: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    names = {id(p): name for name, p in gm.named_parameters()}
+    followers: Followers = {key: [] for key in names}
     for name, parameter in small.named_parameters():
         if name in origins:
-            followers.setdefault(id(origins[name].parameter), []).append((name, parameter))
-    masks = find_masks(gm, analyse(gm))
-    groups, state = [], {}
-    for group in optimizer.param_groups:
-        items: list[tuple[str, nn.Parameter]] = []
-        for at, old in enumerate(group["params"]):
-            if id(old) not in names:
-                items.append((group["param_names"][at] if "param_names" in group else "", old))
-                state.update({old: copy.deepcopy(optimizer.state[old])} if old in optimizer.state else {})
-                continue
-            for name, new in followers.get(id(old), []):
-                items.append((name, new))
-                if old in optimizer.state:
-                    of_old, dead = optimizer.state[old], masks.get(names[id(old)])
-                    state[new] = {k: _carried(v, k, optimizer, origins[name], new, dead) for k, v in of_old.items()}
-        options = {key: copy.deepcopy(value) for key, value in group.items() if key not in _ITEMS}
-        groups.append({"params": [p for _, p in items], **options})
-        if "param_names" in group:
-            groups[-1]["param_names"] = [name for name, _ in items]
-    return _like(optimizer, groups, state)
+            followers[id(origins[name].parameter)].append((name, parameter))
+    for found in followers.values():
+        _check_tied([name for name, _ in found], origins)
+    masks, state = find_masks(gm, analyse(gm)), {}
+    for old, values in optimizer.state.items():
+        if id(old) not in names:
+            state[old] = copy.deepcopy(values)
+            continue
+        dead = masks.get(names[id(old)])
+        for name, new in followers[id(old)]:
+            state[new] = {key: _carried(v, key, optimizer, origins[name], new, dead) for key, v in values.items()}
+    return _like(optimizer, [_group(group, followers) for group in optimizer.param_groups], state)
 
 
 def remap_ema(ema: AnyModule, gm: nn.Module, small: nn.Module) -> AnyModule:
@@ -144,9 +138,18 @@ def _lowered_alike(
     return network
 
 
-def _carried(
-    value: Any, key: str, optimizer: Optimizer, origin: Origin, new: nn.Parameter, dead: Tensor | None
-) -> Any:
+def _group(group: dict[str, Any], followers: Followers) -> dict[str, Any]:
+    """A parameter group with what came of its parameters."""
+    items: list[tuple[str, nn.Parameter]] = []
+    for name, old in zip(group.get("param_names", [""] * len(group["params"])), group["params"], strict=True):
+        items += followers.get(id(old), [(name, old)])
+    new: dict[str, Any] = {"params": [p for _, p in items]}
+    if "param_names" in group:
+        new["param_names"] = [name for name, _ in items]
+    return new | {key: copy.deepcopy(value) for key, value in group.items() if key not in new}
+
+
+def _carried(value: Any, key: str, optimizer: Optimizer, origin: Origin, new: nn.Parameter, dead: Tensor | None) -> Any:
     """What is `value` for the old parameter, for the new one."""
     old = origin.parameter
     if isinstance(value, _PLAIN):
@@ -208,10 +211,22 @@ def _check_owned(optimizer: Optimizer, small: nn.Module, origins: dict[str, Orig
         )
 
 
+def _check_tied(names: list[str], origins: dict[str, Origin]) -> None:
+    """MismatchError where an element of one parameter went into several: lowering splits each layer by itself."""
+    places = torch.cat([origins[name].index[origins[name].index >= 0].unique() for name in names])
+    if len(places.unique()) < len(places):
+        raise MismatchError(
+            f"{origins[names[0]].name} is one weight of several layers, and the lowered network has it in "
+            f"{names[0]} and {names[-1]}, which would drift apart in training. Untie it before dspfx.prepare, or "
+            f"construct a new optimizer over the lowered network."
+        )
+
+
 def _like(optimizer: AnyOptimizer, groups: list[dict[str, Any]], state: dict[Any, Any]) -> AnyOptimizer:
     """An optimizer of the same class, made as unpickling makes one: constructors differ, what they leave does not."""
     new = type(optimizer).__new__(type(optimizer))
-    new.__setstate__({"defaults": copy.deepcopy(optimizer.defaults), "state": {}, "param_groups": groups})
+    content = {"defaults": copy.deepcopy(optimizer.defaults), "state": defaultdict(dict), "param_groups": groups}
+    new.__setstate__(content)
     new.state.update(state)
     new.__dict__.update(_own_attributes(optimizer, plain=True))
     return new
