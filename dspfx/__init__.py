@@ -14,6 +14,7 @@ from dspfx.graph.ops import register_rule
 from dspfx.learner import GroupLearner
 from dspfx.pipeline import lower, prepare, prune
 from dspfx.profiler import profile
+from dspfx.remap import remap_ema, remap_optimizer
 from dspfx.selfcheck import selfcheck
 from dspfx.storage import load, save
 
@@ -38,6 +39,8 @@ __all__ = [
     "profile",
     "prune",
     "register_rule",
+    "remap_ema",
+    "remap_optimizer",
     "save",
     "selfcheck",
 ]

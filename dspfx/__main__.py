@@ -1,13 +1,21 @@
-"""`python -m dspfx COMMAND`: one clean line for a mistake and exit code 2; 130 after Ctrl-C."""
+"""`python -m dspfx COMMAND`: one clean line for a mistake and exit code 2; 130 after Ctrl-C, 143 after SIGTERM."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from dspfx.cli import benchmark, compress, estimate, export, profile, verify
 from dspfx.errors import DspfxError
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt it passes through `except Exception`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,14 +26,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.register(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        with _sigterm_raises():
+            args.run(args)
     except DspfxError as error:
         print(f"dspfx {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ndspfx {args.command}: interrupted; {args.interrupted}.", file=sys.stderr)
         return 130
+    except Terminated:
+        print(f"\ndspfx {args.command}: terminated; {args.interrupted}.", file=sys.stderr)
+        return 143
     return 0
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises Terminated, so that files half-written are cleaned up; outside the main thread nothing changes."""
+
+    def terminate(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first one is being obeyed
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,31 @@ import torch
 from dspfx.errors import ConfigError, StorageError
 
 SETTINGS_FILE = "settings.json"
+# What a killed run may leave behind: of `write_atomically`, and of dspfx.save.
+LEFTOVERS = ("*.json.part", "*.safetensors.part", ".*.safetensors.*.part", "checkpoints/*.pt.part")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, then puts it in place once it is on the disk."""
     temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file is on the disk, or a folder with the names in it."""
+    if os.name != "posix" and path.is_dir():
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,6 +56,10 @@ def load_state(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises nearly every built-in exception on a damaged file
         raise StorageError(f"Checkpoint {path} cannot be read ({error}); delete it to repeat that stage.") from error
@@ -56,7 +77,8 @@ def read_json(path: Path) -> Any:
 def claim_folder(out: Path, settings: dict[str, Any]) -> Path:
     """Makes `out` the folder of a run with these settings, or checks that it already is; returns that of checkpoints.
 
-    Raises ConfigError that names the first setting in which the run found there differs.
+    What a killed run left half-written there is deleted. Raises ConfigError that names the first setting in which the
+    run found there differs.
     """
     checkpoints = out / "checkpoints"
     try:
@@ -76,6 +98,9 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> Path:
                 f"--out {out} holds a run with {option} {_show(found.get(name))}, this one has {option} "
                 f"{_show(settings.get(name))}; give another --out, or delete that folder to start over."
             )
+    for pattern in LEFTOVERS:
+        for part in out.glob(pattern):
+            part.unlink(missing_ok=True)
     return checkpoints
 
 

@@ -20,6 +20,7 @@ from dspfx.cli.training import Progress, Trainer, evaluate, recalibrate, say
 from dspfx.deploy.benchmark import Results
 from dspfx.deploy.compete import Contest
 from dspfx.errors import MismatchError
+from dspfx.graph.parts import describe_parts
 from dspfx.graph.traced import network_meta
 from dspfx.plans import PrunePlan
 
@@ -141,6 +142,9 @@ def prune(gm: nn.Module, single: Tensor, settings: Settings, trainer: Trainer) -
     if state is not None:
         gm.load_state_dict(state["model"])
         plan = PrunePlan.from_json(state["plan"])
+        device = next(gm.parameters()).device
+        describe_parts(gm.to(single.device), single)  # which pruning does too: the saved network remembers its inputs
+        gm.to(device)
     else:
         plan = prune_to_budget(gm, single, settings)
         recalibrate(gm, trainer.train, settings.recipe.batch_size)

@@ -180,6 +180,7 @@ def eval_only(gm: TracedModule) -> TracedModule:
         if name in gm.get_submodule(path)._non_persistent_buffers_set:
             lean.get_submodule(path)._non_persistent_buffers_set.add(name)
     lean.meta = {"inputs": gm.meta["inputs"]}
+    traced_modules.discard(gm)  # it shares layers with the lean one, which will be rewritten
     traced_modules.add(lean)
     return lean
 
