@@ -18,7 +18,7 @@ LAYERS = (
     {"method", "kernels"},
     {"graph", "modules", "norms", "forms", "grouped", "native"},
     {"passes"},
-    {"gates", "second_pass", "learner", "storage"},
+    {"gates", "optimizers", "second_pass", "learner", "storage"},
     {"deploy"},
     {"enliven", "pipeline", "profiler", "coverage", "selfcheck", "estimate"},
     {"integrations"},
