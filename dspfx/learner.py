@@ -14,6 +14,7 @@ from dspfx import ranks
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
 from dspfx.gates import Gate, GateBatch, batch_gates, check_finite, check_saved, find_gates
 from dspfx.method import grouping
+from dspfx.optimizers import stepping_optimizer
 from dspfx.second_pass import gradient_at
 
 _STATE_VERSION = 1
@@ -47,7 +48,7 @@ class GroupLearner:
 
     Args:
         gm: a network that `dspfx.prepare` returned.
-        optimizer: any torch optimizer that owns the gated weights.
+        optimizer: any torch optimizer that owns the gated weights, or a wrapper of one (Accelerate, Lightning, SAM).
         total_steps: optimizer steps over which the penalty ramps up to `strength`; afterwards it stays there.
         strength: lambda; "auto" is 540 / number of parameters, the authors' settings.
         mode: "fused" or "exact".
@@ -59,7 +60,8 @@ class GroupLearner:
         distributed: where torch.distributed is initialised, all ranks train one network; False: each its own.
 
     Raises:
-        ConfigError: an argument out of its range, an optimizer that maximizes, or mode="exact" of a sharded network.
+        ConfigError: an argument out of its range, mode="exact" of a sharded network, or an optimizer that maximizes, has
+            no learning rate, or cannot be hooked.
         ModelError: `gm` has no gates.
         MismatchError: the optimizer does not own a gated weight, or the gates differ from the network's gate plan;
             while learning, on every rank: the ranks' weights or logits differ.
@@ -85,6 +87,7 @@ class GroupLearner:
                 "DistributedDataParallel."
             )
         plan, self._gates = find_gates(gm)
+        optimizer = stepping_optimizer(optimizer)
         _check_optimizer(optimizer, self._gates)
         if start == "clusters":
             for gate in self._gates:
@@ -282,3 +285,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> Non
         )
     if any(group.get("maximize") for group in optimizer.param_groups):
         raise ConfigError("The optimizer has maximize=True; GroupLearner minimises a loss: negate it instead.")
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ConfigError(
+            f"A parameter group of {type(optimizer).__name__} has no learning rate (lr is None), and GroupLearner's "
+            "penalty takes steps of that size; give the optimizer one."
+        )

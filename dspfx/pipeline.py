@@ -28,7 +28,7 @@ from dspfx.graph.traced import Network, network_meta, parts_of, settle_eval
 from dspfx.kernels.library import library_or_none
 from dspfx.method.importance import Importance, resolve
 from dspfx.modules import GatedLayer
-from dspfx.passes.apply_masks import apply_masks
+from dspfx.passes.apply_masks import apply_masks, check_dropped
 from dspfx.passes.choose_form import LowerOptions, confirm_forms
 from dspfx.passes.fold_batchnorm import fold_batchnorm
 from dspfx.passes.fuse_native import fuse_native
@@ -212,7 +212,7 @@ def lower(
 
     Raises:
         InputError, TraceError: as for `prepare`.
-        ModelError: a weight is not finite.
+        ModelError: a weight is not finite, or one that was pruned is not zero.
         ConfigError: an unknown `tune`, a runtime that is unknown or not installed, or too few threads.
         RuntimeBuildError, MismatchError: measuring, and the runtime rejects every form of the network.
     """
@@ -275,6 +275,7 @@ def _costs(gm: Network, runtime: str, threads: int) -> CostTable:
 
 def _plain(model: nn.Module, example_inputs: Any) -> Network:
     """A copy of the model in eval mode whose layers are torch's own, without gates."""
+    check_dropped(model)
     gm = settle_eval(trace_parts(model, example_inputs))
     remove_gates(gm)
     return lift_layers(gm)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dspfx import ranks
-from dspfx.errors import MismatchError
+from dspfx.errors import MismatchError, ModelError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.channels import ChannelGraph
 from dspfx.graph.layers import attribute
@@ -45,6 +45,11 @@ def apply_masks(model: Model, plan: PrunePlan, channels: ChannelGraph | None = N
             keep[g, list(group.channels)] = True
         gate.gate_group.copy_(row)
         gate.gate_keep.copy_(keep)
+    return mask_by_gates(model, channels)
+
+
+def mask_by_gates(model: Model, channels: ChannelGraph | None = None) -> Model:
+    """Zeroes, in place, what the gates of `model` drop, and what cannot matter without it."""
     with ranks.gathered(model):
         masks = find_masks(model, channels or analyse(model))
     for prefix, part in parts_of(model).items():
@@ -53,6 +58,21 @@ def apply_masks(model: Model, plan: PrunePlan, channels: ChannelGraph | None = N
         part.meta["masks"] = (_state(part), own)
         enforce_masks(part)
     return model
+
+
+def check_dropped(model: nn.Module) -> None:
+    """Raises ModelError where something that a gate dropped is not zero: it was written past the optimizers' hooks."""
+    for name, gate in model.named_modules():
+        if not isinstance(gate, GatedLayer) or not gate.is_pruned:
+            continue
+        back = int((gate.weight.detach() * gate.dropped()).count_nonzero())
+        if back:
+            raise ModelError(
+                f"{name}.weight holds {back} values that are not zero where its gate has pruned, so a lowered network "
+                "would not be equal to it. It is an average (EMA, SWA) of networks, was given other weights, or was "
+                "trained by an optimizer without torch's step hooks: call dspfx.integrations.averaging.follow("
+                "average, network), or follow(network, network), which makes them zero."
+            )
 
 
 def find_masks(model: nn.Module, channels: ChannelGraph) -> dict[str, Tensor]:
@@ -92,6 +112,8 @@ def enforce_masks(gm: TracedModule, optimizer: Optimizer | None = None) -> None:
     With an optimizer: of the parameters that it owns, and of its state for them (momentum, second moments).
     """
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else None
+    if owned is not None and not any(id(p) in owned for p in gm.parameters()):
+        return  # an average of a network, say, whose gates are copied after every step: no need to look at them
     masks = _masks(gm)
     for name, dead in masks.items():
         parameter = attribute(gm, name)

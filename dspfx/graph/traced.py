@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
@@ -72,6 +73,19 @@ class TracedModule(fx.GraphModule):
         gm.graph = graph
         traced_modules.add(gm)
         return gm
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        kind = type(self)
+        kind._run_graph = kind.forward
+
+        # Whoever keeps `forward` (Accelerate's mixed precision wraps it) keeps one that runs the mode's graph.
+        @functools.wraps(kind.forward)
+        def forward(self: TracedModule, *args: Any, **kwargs: Any) -> Any:
+            return type(self)._run_graph(self, *args, **kwargs)
+
+        kind.forward = forward
+        return code
 
     def train(self, mode: bool = True, *rest: Any, **named: Any) -> TracedModule:
         super().train(mode, *rest, **named)  # the user's own, where the class has one
