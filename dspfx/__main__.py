@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from dspfx import ranks
 from dspfx.cli import benchmark, compress, estimate, export, profile, verify
 from dspfx.errors import DspfxError
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _sigterm_raises():
             args.run(args)
     except DspfxError as error:
-        print(f"dspfx {args.command}: error: {error}", file=sys.stderr)
+        if not str(error).startswith(ranks.ELSEWHERE):  # who met it says so
+            print(f"dspfx {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ndspfx {args.command}: interrupted; {args.interrupted}.", file=sys.stderr)

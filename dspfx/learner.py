@@ -60,8 +60,8 @@ class GroupLearner:
         distributed: where torch.distributed is initialised, all ranks train one network; False: each its own.
 
     Raises:
-        ConfigError: an argument out of its range, mode="exact" of a sharded network, or an optimizer that maximizes, has
-            no learning rate, or cannot be hooked.
+        ConfigError: an argument out of its range, mode="exact" of a sharded network, or an optimizer that maximizes,
+            has no learning rate, or cannot be hooked.
         ModelError: `gm` has no gates.
         MismatchError: the optimizer does not own a gated weight, or the gates differ from the network's gate plan;
             while learning, on every rank: the ranks' weights or logits differ.

@@ -105,8 +105,7 @@ def prune(
         example_inputs: where the budget should count another input size than the one prepared with; a latency is that
             of their batch.
         runtime, threads: where a latency is measured, see `lower`.
-        distributed: where torch.distributed is initialised, all ranks hold one network and call this; False: this rank
-            alone prunes a network of its own.
+        distributed: where torch.distributed is initialised, all ranks hold one network; False: each its own.
 
     Raises:
         ModelError: `gm` is not prepared, or holds weights that are not finite.

@@ -5,8 +5,10 @@ Every rank runs the same calls in the same order. Nothing is pickled: texts trav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,10 +18,66 @@ from torch import Tensor, nn
 from dspfx import errors
 from dspfx.errors import DspfxError, MismatchError, ModelError
 
+ELSEWHERE = "on rank 0: "  # how messages begin on the other ranks
+LONGEST_WAIT = timedelta(hours=6)  # while rank 0 measures latencies
+
+
+_is_alone = False
+
 
 def count() -> int:
     """How many processes train together; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    is_joined = dist.is_available() and dist.is_initialized() and not _is_alone
+    return dist.get_world_size() if is_joined else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works by itself, as if there were no others."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Inside, the processes that torchrun started work together; without torchrun nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number among them; 0 without torch.distributed."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over the ranks, in place."""
+    if count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Makes each tensor, in place, that of rank 0."""
+    for tensor in tensors if count() > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 def average(tensors: list[Tensor]) -> None:
@@ -69,7 +127,7 @@ def decided_by_first(decide: Callable[[], str]) -> str:
         raise failure
     if kind:
         raised = getattr(errors, kind, ModelError)
-        raise (raised if issubclass(raised, DspfxError) else ModelError)(f"on rank 0: {text}")
+        raise (raised if issubclass(raised, DspfxError) else ModelError)(f"{ELSEWHERE}{text}")
     return text
 
 

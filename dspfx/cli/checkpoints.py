@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dspfx import ranks
 from dspfx.errors import ConfigError, StorageError
 
 SETTINGS_FILE = "settings.json"
@@ -19,7 +20,12 @@ LEFTOVERS = ("*.json.part", "*.safetensors.part", ".*.safetensors.*.part", "chec
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it in place once it is on the disk."""
+    """Lets `write` fill a temporary file beside `path`, then puts it in place once it is on the disk.
+
+    Of several processes the first one writes; the others see the files of a folder that all of them reach.
+    """
+    if ranks.rank() > 0:
+        return
     temporary = path.with_name(path.name + ".part")
     try:
         write(temporary)
@@ -80,6 +86,10 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> Path:
     What a killed run left half-written there is deleted. Raises ConfigError that names the first setting in which the
     run found there differs.
     """
+    return Path(ranks.decided_by_first(lambda: str(_claimed(out, settings))))
+
+
+def _claimed(out: Path, settings: dict[str, Any]) -> Path:
     checkpoints = out / "checkpoints"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)

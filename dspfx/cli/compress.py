@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import dspfx
+from dspfx import ranks
 from dspfx.cli import models, report
 from dspfx.cli.checkpoints import claim_folder, load_state, save_state, write_atomically, write_text
 from dspfx.cli.data import Data, load_data
-from dspfx.cli.options import Settings, add_arguments, read_settings, set_machine
+from dspfx.cli.options import Machine, Settings, add_arguments, read_settings, set_machine
 from dspfx.cli.training import Progress, Trainer, evaluate, recalibrate, say
 from dspfx.deploy.benchmark import Results
 from dspfx.deploy.compete import Contest
@@ -29,7 +30,8 @@ DESCRIPTION = """\
 Makes a convolutional network smaller and faster: trains or loads it, learns which filters belong together, prunes to a
 budget, fine-tunes, and lowers the result to plain torch modules, in the form that is fastest in the runtime it is for.
 Started again, the same command goes on from the last
-finished epoch."""
+finished epoch. torchrun --nproc-per-node N -m dspfx compress ... trains with N processes, each on its part of every
+batch."""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,7 +43,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(args: argparse.Namespace) -> None:
     """The job, from checked options to the table of results; raises DspfxError."""
-    settings, machine, out = read_settings(args), set_machine(args), args.out
+    machine = set_machine(args)
+    with ranks.joined(machine.device):
+        _run(read_settings(args), machine, args.out)
+
+
+def _run(settings: Settings, machine: Machine, out: Path) -> None:
     checkpoints = claim_folder(out, settings.flat())
     if (out / report.FILE).exists():
         say(f"This run is finished; give another --out to run again.\n{report.show(out)}")
@@ -63,15 +70,18 @@ def run(args: argparse.Namespace) -> None:
     curves["learn"] = learn(gm, settings, trainer)
     plan = prune(gm, single, settings, trainer)
     curves["tune"] = tune(gm, settings, trainer)
-    small, contest = lower(gm, single, settings)
-    check_equal(gm, small, example)
-    networks: dict[str, nn.Module] = {"dense": dense, "pruned": gm, "lowered": small}
+    controls: dict[str, nn.Module] = {}
     if settings.dense_control:
-        networks["control"], curves["control"] = train_control(dense, settings, trainer)
-
-    write_text(out / "plan.json", plan.to_json())
-    measured = measure(networks, data, single, plan, settings, out)
-    report.write(out, settings, machine, plan, measured, contest, {name: p.curve for name, p in curves.items()})
+        controls["control"], curves["control"] = train_control(dense, settings, trainer)
+    if ranks.rank() == 0:
+        with ranks.alone():
+            small, contest = lower(gm, single, settings)
+            check_equal(gm, small, example)
+            write_text(out / "plan.json", plan.to_json())
+            networks = {"dense": dense, "pruned": gm, "lowered": small, **controls}
+            measured = measure(networks, data, single, plan, settings, out)
+            report.write(out, settings, machine, plan, measured, contest, {n: p.curve for n, p in curves.items()})
+    ranks.wait()
     say("\n" + report.show(out))
 
 
@@ -94,7 +104,8 @@ def rehearse(dense: nn.Module, example: Tensor, single: Tensor, settings: Settin
     plan = prune_to_budget(gm, single, settings)
     if latency is not None:
         say(f"It can: {plan.latency_left:.1%} was measured, with {plan.flops_left:.1%} of the FLOPs.")
-    time_together({"dense": dense, "pruned": gm}, single, settings, rounds=2)
+    if ranks.rank() == 0:
+        time_together({"dense": dense, "pruned": gm}, single, settings, rounds=2)
 
 
 def make_learner(gm: nn.Module, optimizer: SGD, steps: int, settings: Settings) -> dspfx.GroupLearner:
@@ -148,6 +159,7 @@ def prune(gm: nn.Module, single: Tensor, settings: Settings, trainer: Trainer) -
     else:
         plan = prune_to_budget(gm, single, settings)
         recalibrate(gm, trainer.train, settings.recipe.batch_size)
+        ranks.copy_from_first(gm.buffers())
         save_state(path, {"model": gm.state_dict(), "plan": plan.to_json()})
     say(str(plan))
     say(f"pruned: validation {evaluate(gm, trainer.val, settings.recipe.batch_size)}")

@@ -1,4 +1,7 @@
-"""A plain training loop that resumes after `kill -9` from its last epoch, bit for bit on a CPU."""
+"""A plain training loop that resumes after `kill -9` from its last epoch, bit for bit on a CPU.
+
+Under torchrun every process trains on its part of each batch, and all of them hold the same network.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from tqdm import tqdm
 
 import dspfx
+from dspfx import ranks
 from dspfx.cli.checkpoints import load_state, save_state
 from dspfx.cli.images import Batch, Split
 from dspfx.errors import ConfigError, ModelError
@@ -37,6 +42,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ConfigError(f"--batch-size is {self.batch_size}; give at least 2, which batch norm needs.")
+        if self.batch_size % ranks.count() or self.batch_size < 2 * ranks.count():
+            raise ConfigError(
+                f"--batch-size is {self.batch_size}, of all {ranks.count()} processes together; give a multiple of "
+                f"{ranks.count()}, with at least 2 images for each."
+            )
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,7 @@ class Trainer:
         """One epoch and its validation, appended to `progress`."""
         started = time.perf_counter()
         trained = self._train(model, optimizer, stage, epoch, learner)
+        ranks.copy_from_first(model.buffers())  # the last batch's statistics are each rank's own
         if not math.isfinite(trained.loss):
             raise ModelError(
                 f"The loss is {trained.loss} in {stage.title(epoch)} (learning rate {stage.lr(epoch):.4g}); give a "
@@ -181,21 +192,22 @@ class Trainer:
         seed = self.recipe.seed * 100_003 + stage.first_epoch + epoch
         torch.manual_seed(seed)  # dropout and the like: an epoch is a function of the seed and its number alone
         model.train()
+        call = model if ranks.count() == 1 else DistributedDataParallel(model)
         tally = Tally()
-        batches = self.train.epoch(self.recipe.batch_size, seed)
+        batches = self.train.epoch(self.recipe.batch_size, seed, (ranks.rank(), ranks.count()))
         for step, (images, labels) in enumerate(bar := progress_bar(batches, self.steps, stage.title(epoch))):
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr(epoch + step / self.steps)
             optimizer.zero_grad()
-            loss, logits = self._loss(model, images, labels)
+            loss, logits = self._loss(call, images, labels)
             loss.backward()
             optimizer.step()
             if learner is not None and learner.mode == "exact":
-                learner.step(lambda images=images, labels=labels: self._loss(model, images, labels)[0])  # type: ignore[misc]
+                learner.step(lambda images=images, labels=labels: self._loss(call, images, labels)[0])  # type: ignore[misc]
             tally.add(loss, logits, labels)
             if step % 20 == 19 and not bar.disable:  # reading the loss waits for the device
                 bar.set_postfix_str(str(tally.score()))
-        return tally.score()
+        return tally.joint()
 
     def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, auxiliary heads included, and the main logits."""
@@ -227,8 +239,15 @@ class Tally:
         self.images += len(labels)
 
     def score(self) -> Score:
-        """The means so far."""
+        """The means so far, of this process's images."""
         return Score(float(self.loss) / self.images, int(self.right) / self.images, self.images)
+
+    def joint(self) -> Score:
+        """The means over all processes, which all have to ask."""
+        device = self.loss.device if isinstance(self.loss, Tensor) else torch.device("cpu")
+        sums = torch.tensor([float(self.loss), int(self.right), self.images], dtype=torch.float64, device=device)
+        loss, right, images = ranks.total(sums).tolist()
+        return Score(loss / images, right / images, int(images))
 
 
 @torch.no_grad()
@@ -238,11 +257,12 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> Score:
     model.eval()
     tally = Tally()
     steps = -(-len(split) // batch_size)
-    for images, labels in progress_bar(split.in_order(batch_size), steps, "evaluating"):
+    part = ranks.rank(), ranks.count()
+    for images, labels in progress_bar(split.in_order(batch_size, part), steps, "evaluating"):
         logits = model(images)
         tally.add(F.cross_entropy(logits, labels), logits, labels)
     model.train(was_training)
-    return tally.score()
+    return tally.joint()
 
 
 @torch.no_grad()
@@ -267,10 +287,11 @@ def recalibrate(model: nn.Module, split: Split, batch_size: int, batches: int = 
 
 def progress_bar(batches: Iterator[Batch], steps: int, title: str) -> tqdm[Batch]:
     """A bar on a terminal, nothing elsewhere: a log gets the one line an epoch that `say` prints."""
-    return tqdm(batches, total=steps, desc=title, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(batches, total=steps, desc=title, leave=False, disable=not sys.stderr.isatty() or ranks.rank() > 0)
 
 
 def say(line: str) -> None:
-    """Prints a line at once, above any progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """Prints a line at once, above any progress bar; of several processes the first one does."""
+    if ranks.rank() == 0:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dspfx
 from dspfx import ranks
+from dspfx.cli.images import Look, MemorySplit
+from dspfx.cli.training import Recipe, Stage, Trainer
 
 Mode = Literal["fused", "exact"]
 BATCH, STEPS = 8, 4
@@ -191,6 +194,21 @@ def _with_logits(gm: nn.Module) -> nn.Module:
     return gm
 
 
+def command_line() -> Any:
+    """The command line's own loop: epochs over shared batches, and validation over shared images."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    look = Look(8, (0.5,) * 3, (0.25,) * 3, True, torch.device("cpu"), 0)
+    train, val = (MemorySplit(part, torch.arange(len(part)) % 4, look) for part in (images[:37], images[37:]))
+    gm = build().float()
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(Recipe(8, 1e-3, 0.1, 0), train, val, Path(folder))
+        optimizer = trainer.optimizer(gm)
+        with dspfx.GroupLearner(gm, optimizer, 2 * trainer.steps, strength=0.05, lr=0.05) as learner:
+            curve = trainer.fit(gm, optimizer, Stage("learn", ((2, 0.1),)), learner).curve
+    return {"learned": state(gm), "curve": [{**epoch, "seconds": 0.0} for epoch in curve]}
+
+
 def measured_by_first() -> Any:
     """A latency is measured on rank 0; the others get its plan."""
     gm = dspfx.prepare(Net(), torch.zeros(1, 3, 8, 8))
@@ -199,7 +217,7 @@ def measured_by_first() -> Any:
 
 
 SCENARIOS = (
-    fused_ddp, exact_ddp, accumulated_ddp, fused_fsdp, zero_redundancy, refusals, measured_by_first,
+    fused_ddp, exact_ddp, accumulated_ddp, fused_fsdp, zero_redundancy, command_line, refusals, measured_by_first,
 )  # fmt: skip
 
 

@@ -69,6 +69,17 @@ def test_what_is_pruned_stays_zero_on_every_rank(results: Any, world: int, scena
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_the_command_line_trains_as_one_process_does(results: Any, world: int) -> None:
+    expected = scenarios.command_line()
+    for found in (ranks["command_line"] for ranks in results(world)):
+        assert "error" not in found, found["error"]
+        for ours, theirs in zip(found["curve"], expected["curve"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        for name, value in found["learned"].items():
+            assert torch.allclose(value, expected["learned"][name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_all_ranks_refuse_what_one_of_them_cannot_do(results: Any, world: int) -> None:
     for found in (ranks["refusals"] for ranks in results(world)):
         assert "error" not in found, found["error"]
