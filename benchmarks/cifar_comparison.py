@@ -17,6 +17,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ from dspfx.cli.checkpoints import claim_folder, load_state, write_text
 from dspfx.cli.data import Data, DataConfig, load_data
 from dspfx.cli.options import IMAGENET_MEAN, IMAGENET_STD
 from dspfx.cli.training import Recipe, Stage, evaluate, recalibrate, say
+from dspfx.deploy.benchmark import describe_setting
+from dspfx.deploy.quiet import torch_threads
+from dspfx.deploy.runtimes import build as build_runtime
+from dspfx.deploy.timing import compare, interleave
 
 NETWORKS = ("resnet20", "resnet56", "vgg16_bn_cifar")
 BUDGETS = (0.65, 0.5, 0.35)
@@ -236,27 +241,39 @@ def train_control(run: Run, dense: nn.Module) -> None:
     finish(run, model, "control", 1.0, [])
 
 
-def lowered(run: Run, label: str) -> nn.Module:
-    """The network of a label as a user runs it, ours lowered; weights do not matter for time."""
+def finished(run: Run, label: str) -> nn.Module:
+    """The network of a label, as it was tuned; weights do not matter for time."""
     name, _, budget = label.rpartition("_")
-    if not name:
-        return build(run.name, None).eval()
     dense = build(run.name, None)
+    if not name:
+        return dense.eval()
     state = load_state(run.folder / f"{label}_tune.pt") or {}
     if name in ("dspfx", "dsp"):
         gm = dspfx.prepare(dense, run.example)
         gm.load_state_dict(state["model"])
-        return dspfx.lower(gm, run.example[:1], runtime="onnxruntime")
+        return gm
     dense.load_state_dict((load_state(run.folder / f"{name}_learn.pt") or {})["model"])
     return METHODS[name].prune(run, dense, float(budget))[0]
 
 
 def measure_times(run: Run, labels: list[str]) -> dict[str, Any]:
-    """Latency in ONNX Runtime, batch 1, one thread, of all results of a run side by side."""
-    networks = {label: lowered(run, label).to(memory_format=torch.contiguous_format) for label in ["control", *labels]}
-    found = peer.quietest(networks, run.example[:1], rounds=40, limit=0.06, patience=4)
+    """Times of all results of a run to that of the dense network in ONNX Runtime, batch 1, one thread, side by side.
+
+    Each in ONNX Runtime, lowered for it where it is ours, and as `dspfx.lower` makes it for PyTorch.
+    """
+    image = run.example[:1]
+    calls: dict[str, Callable[[], Any]] = {}
+    for label in ["control", *labels]:
+        network = finished(run, label).to(memory_format=torch.contiguous_format)
+        is_ours = label.startswith("dsp")
+        stock = dspfx.lower(network, image, runtime="onnxruntime") if is_ours else network
+        native = dspfx.lower(network, image, runtime="eager")
+        calls[f"{label} onnxruntime"] = partial(build_runtime("onnxruntime", stock.eval(), image), image)
+        calls[f"{label} native"] = partial(native, image)
+    with torch_threads(1), torch.inference_mode():
+        found = compare(interleave(calls, 60))
     times = {name: {"ratio": r.ratio, "ms": r.median_ms, "spread": r.spread} for name, r in found.items()}
-    return times | {"setting": found.setting}
+    return times | {"setting": describe_setting("onnxruntime", image.device, 1)}
 
 
 def open_run(options: argparse.Namespace, settings: Settings, name: str, seed: int) -> Run:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "native": "dspfx's kernels"}
 TITLES = {
     "dspfx": "dspfx",
     "tp": "Torch-Pruning, group norm",
@@ -26,7 +27,7 @@ def write(out: Path, path: Path | None) -> None:
     text = page(results, out)
     print(text, flush=True)
     if path is not None and results:
-        plots = [draw(results, axis, path.with_name(f"{path.stem}_{axis}.svg")) for axis in ("share", "ratio")]
+        plots = [draw(results, axis, path.with_name(f"{path.stem}_{axis}.svg")) for axis in ("share", "latency")]
         pictures = "\n\n".join(f"![accuracy against {p.stem}]({p.name})" for p in plots if p is not None)
         path.write_text(f"{text}\n{pictures}\n")
 
@@ -37,9 +38,10 @@ def read(out: Path) -> Iterator[dict[str, Any]]:
         network, seed = file.parts[-4:-2]
         method, _, budget = file.stem.rpartition("_") if file.stem != "control" else ("control", "", "1")
         times = file.parent.parent / "times.json"
-        timed = json.loads(times.read_text()).get(file.stem) if times.exists() else None
+        timed = json.loads(times.read_text()) if times.exists() else {}
+        ratios = {r: timed[f"{file.stem} {r}"]["ratio"] for r in RUNTIMES if f"{file.stem} {r}" in timed}
         found = json.loads(file.read_text()) | {"network": network, "seed": int(seed)}
-        yield found | {"method": method, "budget": float(budget)} | ({"ratio": timed["ratio"]} if timed else {})
+        yield found | {"method": method, "budget": float(budget)} | ratios
 
 
 def page(results: list[dict[str, Any]], out: Path) -> str:
@@ -53,7 +55,7 @@ def page(results: list[dict[str, Any]], out: Path) -> str:
         losses = [100 * (controls[r["seed"]] - r["test"]) for r in found if r["seed"] in controls]
         peers = {r["seed"]: r["test"] for r in groups.get((network, budget, "tp"), [])}
         gains = [100 * (r["test"] - peers[r["seed"]]) for r in found if r["seed"] in peers and method != "tp"]
-        ratios = [r["ratio"] for r in found if "ratio" in r]
+        ratios = [[r[runtime] for r in found if runtime in r] for runtime in RUNTIMES]
         rows.append(
             (
                 network,
@@ -63,12 +65,12 @@ def page(results: list[dict[str, Any]], out: Path) -> str:
                 _mean([100 * r["test"] for r in found], "%"),
                 _mean(losses),
                 _mean(gains, sign="+"),
-                f"{statistics.mean(ratios):.2f}" if ratios else "",
+                *(f"{statistics.mean(values):.2f}" if values else "" for values in ratios),
                 f"{statistics.mean(r['hours'] for r in found):.2f}",
             )
         )
     heads = [
-        "network", "FLOPs", "method", "seeds", "test accuracy", "loss to dense", "to Torch-Pruning", "latency",
+        "network", "FLOPs", "method", "seeds", "test accuracy", "loss to dense", "to Torch-Pruning", *RUNTIMES.values(),
         "hours of training",
     ]  # fmt: skip
     settings = next((json.loads(f.read_text()) for f in sorted(out.glob("*/*/settings.json"))), {})
@@ -78,9 +80,10 @@ def page(results: list[dict[str, Any]], out: Path) -> str:
             f"Settings: {', '.join(f'{k} {v}' for k, v in settings.items())}. Every method starts from the same dense "
             "network, sees the same images in the same order with the same learning rates for `learn` and then `tune` "
             "epochs; *dense* is that network, trained on for as many. Means over seeds, ± the standard deviation; "
-            "losses and gains are in points, between networks of one seed. *latency*: to the dense network in ONNX "
-            "Runtime, batch 1, one thread; of dspfx the lowered network. Short schedules on a part of the images: to "
-            "be compared within this table only.",
+            "losses and gains are in points, between networks of one seed. *ONNX Runtime* and *dspfx's kernels*: "
+            "latency of each network there (in PyTorch, lowered by `dspfx.lower`, whoever pruned it), to the dense "
+            "network in ONNX Runtime, batch 1, one thread. Short schedules on a part of the images: to be compared "
+            "within this table only.",
             tabulate(rows, heads, "github", disable_numparse=True),
         ]
     )
@@ -94,20 +97,23 @@ def _mean(values: list[float], unit: str = "", sign: str = "") -> str:
 
 
 def draw(results: list[dict[str, Any]], axis: str, path: Path) -> Path | None:
-    """Test accuracy against the share of FLOPs ("share") or the ratio of latency, a panel for each network."""
+    """Test accuracy against the share of FLOPs, or the latency in whichever runtime is faster, a panel a network."""
     from matplotlib.figure import Figure
 
-    shown = [r for r in results if axis in r]
-    networks = sorted({r["network"] for r in shown})
+    shown = []
+    for r in results:
+        x = r["share"] if axis == "share" else min((r[runtime] for runtime in RUNTIMES if runtime in r), default=None)
+        if x is not None:
+            shown.append((r["network"], r["method"], r["budget"], x, 100 * r["test"]))
+    networks = sorted({network for network, *_ in shown})
     if not networks:
         return None
     figure = Figure(figsize=(4.5 * len(networks), 3.6), layout="constrained")
     for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
         for method, title in TITLES.items():
             points = defaultdict(list)
-            for r in shown:
-                if r["network"] == network and r["method"] == method:
-                    points[r["budget"]].append((r[axis], 100 * r["test"]))
+            for _, _, budget, *point in (s for s in shown if s[:2] == (network, method)):
+                points[budget].append(point)
             means = sorted(tuple(statistics.mean(v) for v in zip(*p, strict=True)) for p in points.values())
             if means:
                 axes.plot(*zip(*means, strict=True), "o-", label=title)

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.native_table --write docs/results/native.md
 
-Networks, batches and threads are timed in interleaved rounds; layers step by step, in the order of the network. With
+Networks and threads are timed in interleaved rounds of two; layers step by step, in the order of the network. With
 LD_PRELOAD=./avx2_only.so (benchmarks/avx2_only.c) everything runs as on a processor without AVX-512.
 """
 
@@ -32,7 +32,7 @@ from dspfx.deploy.benchmark import describe_setting
 from dspfx.deploy.machine import block_width
 from dspfx.deploy.quiet import torch_threads
 from dspfx.deploy.runtimes import build
-from dspfx.deploy.timing import compare, interleave
+from dspfx.deploy.timing import Result, compare, interleave
 from dspfx.estimate import random_energy
 from dspfx.kernels.chain import Chain, Conv
 from dspfx.kernels.engine import Engine
@@ -102,7 +102,7 @@ def native(network: nn.Module) -> nn.Module:
 
 
 def measure_network(case: Case, batch: int, rounds: int) -> dict[str, Any]:
-    """Ratios to the dense network in its fastest runtime, all in the same rounds."""
+    """Ratios to the dense network in its fastest runtime, which is found first; then pairs in interleaved rounds."""
     x = torch.randn(batch, 3, case.size, case.size)
     channels = thinned(case.dense, case.size, 1, case.share)
     forms = {
@@ -119,25 +119,29 @@ def measure_network(case: Case, batch: int, rounds: int) -> dict[str, Any]:
     ours, whole = native(case.pruned), native(case.dense)
     calls |= {"native": lambda: ours(x), "native, dense": lambda: whole(x)}
     with torch_threads(1), torch.inference_mode():
-        samples = interleave(calls, rounds)
-    medians = {name: statistics.median(seconds) for name, seconds in samples.items()}
+        first = interleave(calls, max(rounds // 4, 3))
+    medians = {name: statistics.median(seconds) for name, seconds in first.items()}
 
     def best(kind: str) -> str:
         return min((name for name in medians if name.startswith(f"{kind} ")), key=medians.__getitem__)
 
-    def ratio(name: str, reference: str) -> float:
-        return compare({reference: samples[reference], name: samples[name]})[name].ratio
+    def against(name: str, reference: str) -> Result:
+        """Two networks by themselves: others between them would empty the caches of both."""
+        with torch_threads(1), torch.inference_mode():
+            samples = interleave({key: calls[key] for key in (reference, name)}, rounds)
+        return compare(samples)[name]
 
     dense, whole_channels = best("dense"), best("channels")
     return {
         "network": f"{case.name}, {case.share:.0%}",
         "batch": batch,
         "dense": f"{1e3 * medians[dense]:.2f} ms {dense.split()[1]}",
-        "stock": ratio(best("groups"), dense),
-        "native": ratio("native", dense),
-        "to_channels": ratio("native", whole_channels),
+        "stock": against(best("groups"), dense).ratio,
+        "native": (found := against("native", dense)).ratio,
+        "spread": found.spread,
+        "to_channels": against("native", whole_channels).ratio,
         "channels": whole_channels.split()[1],
-        "to_own_dense": ratio("native", "native, dense"),
+        "to_own_dense": against("native", "native, dense").ratio,
     }
 
 
@@ -230,7 +234,7 @@ def measure_threads(rounds: int) -> list[dict[str, Any]]:
 def page(networks: list[dict], layers: list[dict], threads: list[dict], command: str) -> str:
     """The tables in Markdown."""
     first = [
-        (r["network"], r["batch"], r["dense"], f"{r['stock']:.2f}", f"{r['native']:.3f}",
+        (r["network"], r["batch"], r["dense"], f"{r['stock']:.2f}", f"{r['native']:.3f} ± {r['spread'] / 2:.3f}",
          f"{r['to_channels']:.2f} ({r['channels']})", f"{r['to_own_dense']:.2f}")
         for r in networks
     ]  # fmt: skip
@@ -263,7 +267,7 @@ def page(networks: list[dict], layers: list[dict], threads: list[dict], command:
             "returns it, called from Python. *native to whole channels*: to a network of the same MACs from which "
             "whole channels were pruned, in any widths or whole blocks, in its fastest runtime (in brackets). *to "
             "itself, dense*: to the dense network in the native kernels, the fraction of MACs being what it could be "
-            "at best. Medians of paired ratios.",
+            "at best. Medians of paired ratios, two networks in interleaved rounds; ± half their interquartile range.",
             tables[0],
             "Time per remaining multiply-add of each convolution to that of the same kernel on the dense layer, batch "
             "1; *all* weighs the layers by their dense time.",
