@@ -114,7 +114,8 @@ struct Context {
 // ---------------------------------------------------------------------------------------------------- convolution
 
 struct ConvStep {
-    int32_t op, size, positions, block, activation, mask, has_residual, is_far, tiles;  // then the place of each tile
+    int32_t op, size, positions, block, by_block, activation, mask, has_residual, is_far, tiles;
+    // then the place of each tile
 };
 
 struct ConvTile {
@@ -365,34 +366,44 @@ void linear_item(const Context& c, const LinearStep& s, int64_t item) {
 
 // ------------------------------------------------------------------------------------------------ items and threads
 
-int64_t block_of(const ConvStep& s, int threads) {  // positions of an item; enough items for all threads
-    int64_t block = s.block;
-    while (threads > 1 && block > 8 * LANES && ((s.positions + block - 1) / block) * s.tiles < 4 * threads)
-        block = (block / 2 + LANES - 1) / LANES * LANES;
-    return block;
+struct Share {  // of a step: the positions of an item, all items, and how many a thread takes at once
+    int64_t block, items, taken;
+};
+
+int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// A convolution's items are a block of positions by a tile of filters, block after block. Where what it reads is more
+// than its weights, a thread takes whole blocks, or every core would have to fetch all of it.
+Share share_of(const ConvStep& s, int threads) {
+    if (threads == 1) return {s.block, up(s.positions, s.block) / s.block * s.tiles, 1};
+    int64_t blocks = up(s.positions, s.block) / s.block;
+    if (s.by_block) blocks = up(blocks > 2 * threads ? blocks : 2 * threads, threads);
+    else while (blocks * s.tiles < 4 * threads) blocks *= 2;
+    int64_t block = up(up(s.positions, blocks) / blocks, LANES);
+    if (block < 8 * LANES) block = 8 * LANES;
+    blocks = up(s.positions, block) / block;
+    const int64_t items = blocks * s.tiles;
+    return {block, items, s.by_block && blocks >= threads ? s.tiles : items / (64 * threads) + 1};
 }
 
-int64_t items_of(const int32_t* step, int threads) {
+Share share_of(const int32_t* step, int threads) {
+    int64_t items;
     switch (step[0]) {
-        case CONV: {
-            const ConvStep& s = *reinterpret_cast<const ConvStep*>(step);
-            const int64_t block = block_of(s, threads);
-            return (s.positions + block - 1) / block * s.tiles;
-        }
-        case COPY: return reinterpret_cast<const CopyStep*>(step)->count;
-        case MAP: return reinterpret_cast<const MapStep*>(step)->count;
-        case POOL: return reinterpret_cast<const PoolStep*>(step)->count;
-        case MEAN: return reinterpret_cast<const MeanStep*>(step)->count;
-        case SCALE: return reinterpret_cast<const ScaleStep*>(step)->count;
-        default: return (reinterpret_cast<const LinearStep*>(step)->filters + ROWS - 1) / ROWS;
+        case CONV: return share_of(*reinterpret_cast<const ConvStep*>(step), threads);
+        case COPY: items = reinterpret_cast<const CopyStep*>(step)->count; break;
+        case MAP: items = reinterpret_cast<const MapStep*>(step)->count; break;
+        case POOL: items = reinterpret_cast<const PoolStep*>(step)->count; break;
+        case MEAN: items = reinterpret_cast<const MeanStep*>(step)->count; break;
+        case SCALE: items = reinterpret_cast<const ScaleStep*>(step)->count; break;
+        default: items = (reinterpret_cast<const LinearStep*>(step)->filters + ROWS - 1) / ROWS;
     }
+    return {0, items, items / (16 * threads) + 1};
 }
 
-void run_items(const Context& c, const int32_t* step, int threads, int64_t first, int64_t last) {
+void run_items(const Context& c, const int32_t* step, int64_t block, int64_t first, int64_t last) {
     switch (step[0]) {
         case CONV: {
             const ConvStep& s = *reinterpret_cast<const ConvStep*>(step);
-            const int64_t block = block_of(s, threads);
             const int32_t* places = &s.tiles + 1;
             for (int64_t i = first; i < last; i++) {
                 const int64_t start = i / s.tiles * block;
@@ -431,8 +442,8 @@ inline void pause() {
 // has taken none, since it may be long in coming on a busy machine.
 struct Job {
     Context context;
-    int threads;
     std::vector<const int32_t*> steps;
+    std::vector<Share> shares;         // of each step
     int64_t last;                      // steps of all images
     std::atomic<uint64_t> ticket{0};   // the step's number above, its first item that is free in the lower half
     std::atomic<int64_t> done{0};      // items of this step
@@ -442,34 +453,37 @@ struct Job {
         for (int64_t idle = 0;;) {
             uint64_t now = ticket.load();
             if (number(now) >= last) return;
-            const int64_t items = items_of(step(now), threads), share = items / (8 * threads) + 1;
-            if (item(now) >= items) {
+            const int64_t taken = share(now).taken;
+            if (item(now) >= share(now).items) {
                 if (++idle < 1 << 12) pause();
                 else std::this_thread::yield();
                 continue;
             }
             idle = 0;
-            now = ticket.fetch_add(share);  // perhaps of a later step by now
+            now = ticket.fetch_add(taken);  // perhaps of a later step by now
             if (number(now) >= last) return;
-            const int64_t all = items_of(step(now), threads), first = item(now);
-            const int64_t behind = first + share < all ? first + share : all;
+            const int64_t all = share(now).items, first = item(now);
+            const int64_t behind = first + taken < all ? first + taken : all;
             if (first >= behind) continue;
             c.image = number(now) / (int64_t)steps.size();
-            run_items(c, step(now), threads, first, behind);
+            run_items(c, steps[number(now) % (int64_t)steps.size()], share(now).block, first, behind);
             if (done.fetch_add(behind - first) + behind - first < all) continue;
             done = 0;
             ticket = (uint64_t)(number(now) + 1) << 32;
         }
     }
 
-    const int32_t* step(uint64_t ticket) const { return steps[number(ticket) % (int64_t)steps.size()]; }
+    const Share& share(uint64_t ticket) const { return shares[number(ticket) % (int64_t)steps.size()]; }
     static int64_t number(uint64_t ticket) { return (int64_t)(ticket >> 32); }
     static int64_t item(uint64_t ticket) { return (int64_t)(ticket & 0xffffffff); }
 };
 
 void run_alone(Context c, int64_t images) {
     for (c.image = 0; c.image < images; c.image++)
-        for (const int32_t* step = c.first; step[0]; step += step[1]) run_items(c, step, 1, 0, items_of(step, 1));
+        for (const int32_t* step = c.first; step[0]; step += step[1]) {
+            const Share share = share_of(step, 1);
+            run_items(c, step, share.block, 0, share.items);
+        }
 }
 
 // Threads that stay between calls, since starting one takes longer than a small network.
@@ -543,8 +557,10 @@ void dspfx_run(const int32_t* program, int64_t first, const float* weights, floa
     if (threads == 1 || !images || !*context.first) return run_alone(context, images);
     auto job = std::make_shared<Job>();
     job->context = context;
-    job->threads = threads;
-    for (const int32_t* step = context.first; step[0]; step += step[1]) job->steps.push_back(step);
+    for (const int32_t* step = context.first; step[0]; step += step[1]) {
+        job->steps.push_back(step);
+        job->shares.push_back(share_of(step, threads));
+    }
     job->last = (int64_t)job->steps.size() * images;
     team_of(threads - 1).run(job);
 }

@@ -285,6 +285,8 @@ class Builder:
         phases = len({tap.value for tap in taps})
         read = max(phases * len({c for tile, _, _ in tiles for c in tile.channels}), 1)
         block = max(CACHED // read, SMALLEST_BLOCK) // self.lanes * self.lanes
+        by_block = read * positions > sum(len(tile.filters) * len(tile.channels) for tile, _, _ in tiles) * len(taps)
         activation = ACTIVATIONS.index(layer.activation)
-        self.far.append(len(self.steps) + 7)
-        self._step(CONV, positions, block, activation, mask, layer.residual is not None, False, len(places), *places)
+        self.far.append(len(self.steps) + 8)
+        head = [positions, block, by_block, activation, mask, layer.residual is not None, False, len(places)]
+        self._step(CONV, *head, *places)
