@@ -16,7 +16,7 @@ from dspfx import ranks
 from dspfx.config import DEFAULT_GATES, Budget, GateConfig, Inputs
 from dspfx.deploy.compete import Contest, Entrant, compete
 from dspfx.deploy.costs import CostTable
-from dspfx.deploy.machine import block_width
+from dspfx.deploy.machine import block_widths
 from dspfx.deploy.runtimes import check_runtime
 from dspfx.deploy.settle import settle
 from dspfx.errors import BudgetError, ConfigError, ModelError, RuntimeBuildError
@@ -157,7 +157,7 @@ def _pruned_to(gm: Network, budget: Budget, energy: Importance, runtime: str | N
 
 def _plan_latency(gm: Network, latency: float, energy: Importance, runtime: str, threads: int) -> PrunePlan:
     """The plan that meets a latency, found by measuring."""
-    channels, inputs = analyse(gm), network_meta(gm)["inputs"]
+    channels, inputs, block = analyse(gm), network_meta(gm)["inputs"], block_widths(runtime)[0]
 
     def measure(plan: PrunePlan) -> float:
         contest = _tuned(_plain(_masked(gm, plan), None), inputs, runtime, threads, True)[1]
@@ -168,7 +168,7 @@ def _plan_latency(gm: Network, latency: float, energy: Importance, runtime: str,
         return contest.ratio
 
     with _costs(gm, runtime, threads) as table:
-        return settle(latency, lambda share: plan_latency(gm, channels, share, energy, table, block_width()), measure)
+        return settle(latency, lambda share: plan_latency(gm, channels, share, energy, table, block), measure)
 
 
 def _masked(gm: Network, plan: PrunePlan) -> Network:
@@ -203,8 +203,8 @@ def lower(
     Args:
         model: a pruned network or any other model.
         example_inputs: as for `prepare`, with the batch and size to be fast at; a prepared network remembers its own.
-        runtime: "eager", "inductor", "onnxruntime" or "openvino": where the network is to be fast. The result is a
-            torch module all the same; `dspfx.deploy.runtimes.build` runs it there.
+        runtime: "eager", "inductor", "onnxruntime", "openvino" or "tensorrt": where the network is to be fast. The
+            result is a torch module all the same; `dspfx.deploy.runtimes.build` runs it there.
         tune: "measure" measures, None takes a rule, "auto" measures where example inputs are given here.
         threads: CPU threads of a call while measuring.
         fold: fold batch norms into convolutions; False keeps them, for further training.
@@ -212,16 +212,17 @@ def lower(
     Raises:
         InputError, TraceError: as for `prepare`.
         ModelError: a weight is not finite, or one that was pruned is not zero.
-        ConfigError: an unknown `tune`, a runtime that is unknown or not installed, or too few threads.
+        ConfigError: an unknown `tune`, a runtime that is unknown or, measuring, not installed, or too few threads.
         RuntimeBuildError, MismatchError: measuring, and the runtime rejects every form of the network.
     """
     if tune not in ("auto", "measure", None):
         raise ConfigError(f"tune is {tune!r}; give 'auto', 'measure', or None for a rule without measurements.")
-    check_runtime(runtime, threads)
+    is_measured = tune == "measure" or (tune == "auto" and example_inputs is not None)
+    check_runtime(runtime, threads, is_measured)
     ranks.require_whole(model, "lower")
     gm = _plain(model, example_inputs)
-    if tune is None or (tune == "auto" and example_inputs is None):
-        return _carried_out(gm, _planned(gm, LowerOptions(1 if runtime == "eager" else block_width())), fold)
+    if not is_measured:
+        return _carried_out(gm, _planned(gm, LowerOptions(1 if runtime == "eager" else block_widths(runtime)[0])), fold)
     inputs = network_meta(gm)["inputs"] if example_inputs is None else Inputs.of(example_inputs)
     small, contest = _tuned(gm, inputs, runtime, threads, fold)
     network_meta(small)["contest"] = contest
@@ -237,7 +238,7 @@ def _tuned(gm: Network, inputs: Inputs, runtime: str, threads: int, fold: bool) 
 
 def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[Entrant]:
     """The forms of a whole network that are worth timing, safest first; of equal plans, the first."""
-    block = block_width()
+    block, *wider = block_widths(runtime)
     with _costs(gm, runtime, threads) as table:
         plans: dict[str, LowerPlan] = {}
         for name, options in (
@@ -247,6 +248,7 @@ def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[E
             ("clearly faster forms, in blocks", LowerOptions(block, table, margin=0.8)),
             ("fastest forms, in blocks", LowerOptions(block, table)),
             ("fastest forms", LowerOptions(1, table)),
+            *((f"widths in blocks of {w}", LowerOptions(w, table, may_split=False)) for w in wider),
         ):
             plan = _planned(gm, options)
             if plan.layers not in [other.layers for other in plans.values()]:

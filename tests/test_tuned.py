@@ -16,7 +16,7 @@ from torch import nn
 import dspfx
 from dspfx import pipeline
 from dspfx.config import Budget, GateConfig, Inputs
-from dspfx.deploy import runtimes
+from dspfx.deploy import machine, runtimes
 from dspfx.deploy.compete import Contest, Entrant
 from dspfx.deploy.settle import SLACK
 from dspfx.deploy.timing import Result
@@ -77,7 +77,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     found = Stage()
     monkeypatch.setattr(pipeline, "CostTable", found.table)
     monkeypatch.setattr(pipeline, "compete", found.compete)
-    monkeypatch.setattr(pipeline, "block_width", lambda: BLOCK)
+    monkeypatch.setattr(machine, "block_width", lambda: BLOCK)
     return found
 
 

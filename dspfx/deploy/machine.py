@@ -23,6 +23,11 @@ def block_width() -> int:
     return 16 if "avx512" in torch.backends.cpu.get_cpu_capability().lower() else 8
 
 
+def block_widths(runtime: str) -> tuple[int, ...]:
+    """Channels that a runtime computes together; of TensorRT those of its fp16 and of its int8 kernels."""
+    return (8, 32) if runtime == "tensorrt" else (block_width(),)
+
+
 def describe_machine(device: torch.device, threads: int) -> str:
     """Device, threads, system and torch, in one line."""
     cpu = f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"

@@ -102,14 +102,14 @@ def build(runtime: str, network: nn.Module, example_inputs: Any, threads: int = 
         return _agreeing(runtime, twin, _real(twin, Inputs.of(example_inputs)), threads)
 
 
-def find_runtime(name: str) -> Runtime:
-    """The runtime of this name; ConfigError where there is none, or where it is not installed."""
+def find_runtime(name: str, is_called: bool = True) -> Runtime:
+    """The runtime of this name; ConfigError where there is none, or where it is to be called and is not installed."""
     if name not in RUNTIMES:
         raise ConfigError(
             f"runtime is {name!r}, which dspfx does not know; give one of {', '.join(map(repr, RUNTIMES))}."
         )
     kind = RUNTIMES[name]
-    for package in kind.packages:
+    for package in kind.packages if is_called else ():
         try:
             importlib.import_module(package)
         except ImportError as error:
@@ -120,11 +120,11 @@ def find_runtime(name: str) -> Runtime:
     return kind
 
 
-def check_runtime(name: str, threads: int) -> Runtime:
+def check_runtime(name: str, threads: int, is_called: bool = True) -> Runtime:
     """The runtime of this name; ConfigError where it cannot be had, or not with so few threads."""
     if threads < 1:
         raise ConfigError(f"threads is {threads}; give at least 1.")
-    return find_runtime(name)
+    return find_runtime(name, is_called)
 
 
 def describe_runtime(name: str) -> str:
