@@ -200,6 +200,30 @@ def test_steps_do_not_analyse_the_average(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == []
 
 
+def test_gates_that_are_written_anew_with_what_they_hold_are_not_analysed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP broadcasts buffers before every forward pass; averages swapped in for validation are copied."""
+    gm = pruned()
+    find, calls = apply_masks.find_masks, []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return find(*arguments)
+
+    monkeypatch.setattr(apply_masks, "find_masks", counted)
+    optimizer = loops.sgd(gm)
+    gate = next(g for g in gates(gm).values() if g.is_pruned)
+    for step in range(3):
+        gate.gate_group.copy_(gate.gate_group.clone())
+        if step == 2:
+            gate.gate_group[:2] = -1
+        x, y = loops.batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(gm(x), y).backward()
+        optimizer.step()
+        assert len(calls) == (step == 2)
+    assert not bool(gate.weight[:2].any())
+
+
 def test_update_bn_measures_a_pruned_network_as_any_other() -> None:
     gm = pruned()
     average = swa(gm)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 import dspfx
 from dspfx.errors import ConfigError, ModelError
@@ -24,7 +23,7 @@ pytestmark = [
 ]
 
 
-class Lit(L.LightningModule):  # type: ignore[misc,name-defined]
+class Lit(L.LightningModule):  # type: ignore[name-defined]
     """Holds a prepared network in an attribute, as a user would."""
 
     def __init__(self, make: loops.Make = loops.sgd, automatic: bool = True) -> None:
@@ -66,7 +65,7 @@ def fit(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, DataLoader(data or loops.samples(), batch_size=4), ckpt_path=ckpt, weights_only=True)
+    trainer.fit(module, loops.loader(data), ckpt_path=ckpt, weights_only=True)
     return trainer
 
 
@@ -195,6 +194,24 @@ def test_an_average_of_weights_beside_it_changes_nothing_that_is_learned(tmp_pat
     callback, reference = learning(), loops.prepared()
     fit(Lit(), [EMAWeightAveraging(decay=0.5), callback], tmp_path)
     loops.assert_same_state(loops.plain(reference), callback.state_dict())
+
+
+def test_an_average_copied_into_a_pruned_network_leaves_its_gates(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    module = Lit()
+    fit(module, [learning()], tmp_path)
+    dspfx.prune(module.net, dspfx.Budget(flops=0.4))
+    gates = [key for key in module.net.state_dict() if key.endswith(("gate_group", "gate_keep"))]
+    before = loops.tensors(module.net)
+    fit(module, [EMAWeightAveraging(use_buffers=False, decay=0.9)], tmp_path, max_epochs=2)
+    after = loops.tensors(module.net)
+    assert all(torch.equal(before[key], after[key]) for key in gates)
+    assert not torch.equal(before["b.weight"], after["b.weight"])
+    x, _ = loops.batch(9)
+    expected = module.net.eval()(x).detach()
+    small = dspfx.lower(module.net, tune=None)
+    assert torch.allclose(small(x), expected, atol=1e-5 * float(expected.abs().max()))
 
 
 def two() -> Any:
