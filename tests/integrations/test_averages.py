@@ -18,6 +18,7 @@ from dspfx.integrations.averaging import follow
 from dspfx.modules import GatedLayer
 from dspfx.passes import apply_masks
 from tests.integrations import loops
+from tests.nets.untraceable import Refiner
 
 
 def ema_v2(gm: nn.Module) -> Any:
@@ -198,6 +199,20 @@ def test_steps_do_not_analyse_the_average(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(apply_masks, "find_masks", lambda *_: calls.append(1))
     tune(gm, average, 2)
     assert calls == []
+
+
+def test_a_network_prepared_in_parts_is_followed_in_all_of_them() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    gm = dspfx.prepare(Refiner(), images, dspfx.GateConfig(groups=2))
+    average = swa(gm)
+    dspfx.prune(gm, dspfx.Budget(flops=0.5))
+    follow(average, gm)
+    ours, theirs = gates(gm), gates(average.module)
+    parts = {name.split(".")[0] for name, gate in ours.items() if gate.is_pruned}
+    assert parts == {"stem", "body", "head"}
+    for name, gate in ours.items():
+        assert torch.equal(gate.weight, theirs[name].weight)
+    assert torch.equal(gm.eval()(images), average.module.eval()(images))
 
 
 def test_gates_that_are_written_anew_with_what_they_hold_are_not_analysed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -178,6 +179,33 @@ def test_float16_learns_on_the_steps_that_happen_and_on_no_other(fused: bool) ->
         step(reference, optimizer, torch.amp.GradScaler("cpu", init_scale=scale), seed)
     loops.assert_same(reference, gm)
     loops.assert_same_state(again.state_dict(), learner.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_cast_under_a_learner_keeps_its_logits_and_goes_on(dtype: torch.dtype) -> None:
+    """As evaluation in half precision does, and Lightning's "bf16-true" after a checkpoint was loaded."""
+    gm = loops.prepared()
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    learner = dspfx.GroupLearner(gm, optimizer, 3)
+
+    def step(seed: int) -> None:
+        x, y = loops.batch(seed)
+        optimizer.zero_grad()
+        F.cross_entropy(gm(x.to(gm.head.weight.dtype)).float(), y).backward()
+        optimizer.step()
+
+    step(0)
+    before = gm.c.gate_logits.clone()
+    gm.to(dtype)
+    assert gm.c.weight.dtype == dtype
+    assert torch.equal(gm.c.gate_logits, before)
+    step(1)
+    assert learner.steps == 2
+    moved = (gm.c.gate_logits - before).abs().max()
+    assert 1e-4 < float(moved) < 3e-3  # one step of Adam, none of it rounded away
+    assert torch.equal(gm.float().c.gate_logits, gm.c.gate_logits)
+    assert gm.double().c.gate_logits.dtype == torch.float64
+    assert copy.deepcopy(gm).half().c.gate_logits.dtype == torch.float64
 
 
 # Ways to step --------------------------------------------------------------------------------------------------------

@@ -94,6 +94,19 @@ def test_it_learns_what_a_plain_loop_learns(name: str, tmp_path: Path) -> None:
     assert callback.learner.total_steps == state["steps"]
 
 
+def test_a_learner_takes_lightnings_optimizer(tmp_path: Path) -> None:
+    """Without the callback: as in a loop of one's own, with what `self.optimizers()` returns."""
+
+    class Own(Lit):
+        def on_train_start(self) -> None:
+            self.learner = dspfx.GroupLearner(self.net, self.optimizers(), loops.STEPS)
+
+    module, reference = Own(), loops.prepared()
+    fit(module, [], tmp_path)
+    loops.assert_same_state(loops.plain(reference), module.learner.state_dict())
+    loops.assert_same(reference, module.net)
+
+
 def test_manual_optimization(tmp_path: Path) -> None:
     module, callback, reference = Lit(automatic=False), learning(), loops.prepared()
     fit(module, [callback], tmp_path)
@@ -227,7 +240,29 @@ def test_of_several_networks_one_is_named(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "Lit holds 2 prepared networks (net, other); name the one that is meant: network='net'."
     )
-    fit(module, [learning(network="net")], tmp_path)
+    callbacks = [learning(network="net"), learning(network="other")]
+    fit(module, callbacks, tmp_path)
+    loops.plain(reference)
+    loops.assert_same(reference, module.net)
+    assert {layer["steps"] for layer in callbacks[1].state_dict()["layers"].values()} == {0}  # they see no gradient
+
+
+def test_of_several_optimizers_the_one_that_owns_the_network_is_hooked(tmp_path: Path) -> None:
+    class Pair(Lit):
+        def training_step(self, pair: tuple[Tensor, Tensor], index: int) -> None:
+            other, own = self.optimizers()
+            own.zero_grad()
+            self.manual_backward(F.cross_entropy(self.net(pair[0]), pair[1]))
+            own.step()
+            other.step()
+
+        def configure_optimizers(self) -> Any:
+            return [loops.sgd(self.other), loops.sgd(self.net)]
+
+    module, callback, reference = Pair(automatic=False), learning(network="net"), loops.prepared()
+    module.other = loops.Tiny()
+    callback.total_steps = loops.STEPS
+    fit(module, [callback], tmp_path)
     loops.plain(reference)
     loops.assert_same(reference, module.net)
 
