@@ -101,6 +101,14 @@ class GatedLayer(nn.Module):
         mask = ~self.gate_mask().transpose(0, self.filter_axis)
         return mask.reshape(*mask.shape, *[1] * (self.weight.dim() - 2))
 
+    def _apply(self, fn: Any, *rest: Any) -> Any:
+        # A learner's steps of 1e-3 would be lost: in gm.half() and gm.bfloat16() the logits stay in float32.
+        logits = self.gate_logits
+        super()._apply(fn, *rest)
+        if self.gate_logits.dtype.itemsize < 4:
+            self.gate_logits = logits.to(self.gate_logits.device, torch.promote_types(logits.dtype, torch.float32))
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The original model's state_dict has no gate keys: theirs keep their values, so that strict loading works.
         for key in self.GATE_KEYS:

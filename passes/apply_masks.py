@@ -55,7 +55,7 @@ def mask_by_gates(model: Model, channels: ChannelGraph | None = None) -> Model:
     for prefix, part in parts_of(model).items():
         start = f"{prefix}." if prefix else ""
         own = {name.removeprefix(start): mask for name, mask in masks.items() if name.startswith(start)}
-        part.meta["masks"] = (_state(part), own)
+        part.meta["masks"] = (_state(part), own, _structure(part))
         enforce_masks(part)
     return model
 
@@ -140,14 +140,30 @@ def _state(gm: TracedModule) -> tuple[int, ...]:
 
 def _masks(gm: TracedModule) -> dict[str, Tensor]:
     """The masks of the gates as they are now; recomputed after a checkpoint was loaded."""
-    state, masks = gm.meta.get("masks", ((), {}))
+    state, masks, structure = gm.meta.get("masks", ((), {}, []))
     now = _state(gm)
     if state != now:
-        pruned = any(m.is_pruned for m in gm.modules() if isinstance(m, GatedLayer))
-        with ranks.gathered(gm):
-            masks = find_masks(gm, analyse(gm)) if pruned else {}
-        gm.meta["masks"] = (now, masks)
+        found = _structure(gm)
+        if not _equal(structure, found):
+            pruned = any(m.is_pruned for m in gm.modules() if isinstance(m, GatedLayer))
+            with ranks.gathered(gm):
+                masks = find_masks(gm, analyse(gm)) if pruned else {}
+        gm.meta["masks"] = (now, masks, found)
     return masks
+
+
+def _structure(gm: TracedModule) -> list[Tensor]:
+    """A copy of the gates."""
+    gates = [m for m in gm.modules() if isinstance(m, GatedLayer)]
+    return [value.clone() for gate in gates for value in (gate.gate_group, gate.gate_keep)]
+
+
+def _equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Whether gates that somebody wrote (DDP before every forward pass) hold what they held; waits for a GPU once."""
+    if len(left) != len(right) or any(a.device != b.device for a, b in zip(left, right, strict=True)):
+        return False
+    differ = [(a != b).any() for a, b in zip(left, right, strict=True)]
+    return not differ or not bool(torch.stack([d.to(differ[0].device) for d in differ]).any())
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import types
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from torch import fx, nn
@@ -45,6 +46,7 @@ class TracedModule(fx.GraphModule):
     """
 
     _user_class: ClassVar[type[nn.Module] | None] = None
+    _run_graph: ClassVar[Callable[..., Any]]
 
     if TYPE_CHECKING:
 

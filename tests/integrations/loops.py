@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import dspfx
 from dspfx.modules import GatedLayer
@@ -40,6 +41,11 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 def samples(steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
     """The images of `batch(0)`, `batch(1)`, ... one by one, for data loaders that make batches of four."""
     return [pair for seed in range(steps) for pair in zip(*batch(seed), strict=True)]
+
+
+def loader(data: list[tuple[Tensor, Tensor]] | None = None) -> DataLoader[Any]:
+    """Batches of four in their order."""
+    return DataLoader(cast(Any, data or samples()), batch_size=4)
 
 
 def prepared() -> Any:

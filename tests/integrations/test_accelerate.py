@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 import dspfx
 from tests.integrations import loops
@@ -30,7 +29,7 @@ def _fresh_state() -> Iterator[None]:
 def run(accelerator: Any, gm: Any, steps: range, clip: float | None = None) -> Any:
     """(learner, everything prepared) after a loop as in Accelerate's documentation."""
     optimizer = loops.sgd(gm)
-    data = DataLoader(loops.samples(), batch_size=4)
+    data = loops.loader()
     gm, optimizer, data = accelerator.prepare(gm, optimizer, data)
     total_steps = loops.STEPS // accelerator.gradient_accumulation_steps
     learner = dspfx.GroupLearner(accelerator.unwrap_model(gm), optimizer, total_steps)
@@ -85,7 +84,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     learner, parts = run(accelerator, gm, range(0))
     accelerator.load_state(str(tmp_path / "half"))
     assert learner.steps == 2
-    train(accelerator, *parts, range(2, 4))
+    gm, optimizer, batches = parts
+    train(accelerator, gm, optimizer, batches, range(2, 4))
     loops.assert_same(straight, gm)
     loops.assert_same_state(expected, learner.state_dict())
 

@@ -18,6 +18,7 @@ from dspfx.integrations.averaging import follow
 from dspfx.modules import GatedLayer
 from dspfx.passes import apply_masks
 from tests.integrations import loops
+from tests.nets.untraceable import Refiner
 
 
 def ema_v2(gm: nn.Module) -> Any:
@@ -198,6 +199,44 @@ def test_steps_do_not_analyse_the_average(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(apply_masks, "find_masks", lambda *_: calls.append(1))
     tune(gm, average, 2)
     assert calls == []
+
+
+def test_a_network_prepared_in_parts_is_followed_in_all_of_them() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    gm = dspfx.prepare(Refiner(), images, dspfx.GateConfig(groups=2))
+    average = swa(gm)
+    dspfx.prune(gm, dspfx.Budget(flops=0.5))
+    follow(average, gm)
+    ours, theirs = gates(gm), gates(average.module)
+    parts = {name.split(".")[0] for name, gate in ours.items() if gate.is_pruned}
+    assert parts == {"stem", "body", "head"}
+    for name, gate in ours.items():
+        assert torch.equal(gate.weight, theirs[name].weight)
+    assert torch.equal(gm.eval()(images), average.module.eval()(images))
+
+
+def test_gates_that_are_written_anew_with_what_they_hold_are_not_analysed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP broadcasts buffers before every forward pass; averages swapped in for validation are copied."""
+    gm = pruned()
+    find, calls = apply_masks.find_masks, []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return find(*arguments)
+
+    monkeypatch.setattr(apply_masks, "find_masks", counted)
+    optimizer = loops.sgd(gm)
+    gate = next(g for g in gates(gm).values() if g.is_pruned)
+    for step in range(3):
+        gate.gate_group.copy_(gate.gate_group.clone())
+        if step == 2:
+            gate.gate_group[:2] = -1
+        x, y = loops.batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(gm(x), y).backward()
+        optimizer.step()
+        assert len(calls) == (step == 2)
+    assert not bool(gate.weight[:2].any())
 
 
 def test_update_bn_measures_a_pruned_network_as_any_other() -> None:

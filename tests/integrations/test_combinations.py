@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_a_compiled_optimizer_step_still_learns() -> None:
 def test_the_compiled_wrapper_is_not_what_the_learner_takes() -> None:
     gm = loops.prepared()
     with pytest.raises(ModelError, match="found no gate plan in this OptimizedModule"):
-        dspfx.GroupLearner(torch.compile(gm, backend="eager"), loops.sgd(gm), 4)
+        dspfx.GroupLearner(cast(nn.Module, torch.compile(gm, backend="eager")), loops.sgd(gm), 4)
 
 
 @pytest.mark.parametrize("mode", ["fused", "exact"])
@@ -90,7 +91,7 @@ def test_channels_last_learns_the_same(mode: Any) -> None:
                 learner.step(lambda x=x, y=y, gm=gm: F.cross_entropy(gm(x), y))  # type: ignore[misc]
         states.append(learner.stats())
     assert nets[1].c.weight.is_contiguous(memory_format=torch.channels_last)
-    loops.assert_close(*nets, 1e-9)
+    loops.assert_close(nets[0], nets[1], 1e-9)
     assert states[0]["penalty"] == pytest.approx(states[1]["penalty"], rel=1e-9)
     x, gm = loops.batch(9)[0], nets[1].float().eval()
     dspfx.prune(gm, dspfx.Budget(flops=0.4))
@@ -136,7 +137,7 @@ def test_a_checkpoint_inside_the_model_is_traced_through() -> None:
     for net in (model, gm):
         F.cross_entropy(net.train()(x), y).backward()
     theirs, ours = dict(model.named_parameters()), dict(gm.named_parameters())
-    assert all(torch.equal(p.grad, ours[k].grad) for k, p in theirs.items() if p.grad is not None)  # type: ignore[arg-type]
+    assert all(torch.equal(p.grad, ours[k].grad) for k, p in theirs.items() if p.grad is not None)
 
 
 # Mixed precision -----------------------------------------------------------------------------------------------------
@@ -180,6 +181,33 @@ def test_float16_learns_on_the_steps_that_happen_and_on_no_other(fused: bool) ->
     loops.assert_same_state(again.state_dict(), learner.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_cast_under_a_learner_keeps_its_logits_and_goes_on(dtype: torch.dtype) -> None:
+    """As evaluation in half precision does, and Lightning's "bf16-true" after a checkpoint was loaded."""
+    gm = loops.prepared()
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    learner = dspfx.GroupLearner(gm, optimizer, 3)
+
+    def step(seed: int) -> None:
+        x, y = loops.batch(seed)
+        optimizer.zero_grad()
+        F.cross_entropy(gm(x.to(gm.head.weight.dtype)).float(), y).backward()
+        optimizer.step()
+
+    step(0)
+    before = gm.c.gate_logits.clone()
+    gm.to(dtype)
+    assert gm.c.weight.dtype == dtype
+    assert torch.equal(gm.c.gate_logits, before)
+    step(1)
+    assert learner.steps == 2
+    moved = (gm.c.gate_logits - before).abs().max()
+    assert 1e-4 < float(moved) < 3e-3  # one step of Adam, none of it rounded away
+    assert torch.equal(gm.float().c.gate_logits, gm.c.gate_logits)
+    assert gm.double().c.gate_logits.dtype == torch.float64
+    assert copy.deepcopy(gm).half().c.gate_logits.dtype == torch.float64
+
+
 # Ways to step --------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +225,7 @@ def test_a_closure_given_to_the_optimizer_learns_the_same() -> None:
             loss.backward()
             return loss
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]
     loops.assert_same(reference, gm)
     loops.assert_same_state(state, learner.state_dict())
 
@@ -345,7 +373,7 @@ def test_foreach_and_fused_optimizers_learn_what_plain_ones_do_and_keep_zeros(na
         gates = [m for m in gm.modules() if isinstance(m, GatedLayer) and m.is_pruned]
         assert gates
         assert not any(bool((gate.weight * gate.dropped()).any()) for gate in gates)
-    loops.assert_close(*nets, 1e-9)
+    loops.assert_close(nets[0], nets[1], 1e-9)
 
 
 # Parameters that come and go -----------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 import dspfx
 from dspfx.errors import ConfigError, ModelError
@@ -24,7 +23,7 @@ pytestmark = [
 ]
 
 
-class Lit(L.LightningModule):  # type: ignore[misc,name-defined]
+class Lit(L.LightningModule):  # type: ignore[name-defined]
     """Holds a prepared network in an attribute, as a user would."""
 
     def __init__(self, make: loops.Make = loops.sgd, automatic: bool = True) -> None:
@@ -66,7 +65,7 @@ def fit(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, DataLoader(data or loops.samples(), batch_size=4), ckpt_path=ckpt, weights_only=True)
+    trainer.fit(module, loops.loader(data), ckpt_path=ckpt, weights_only=True)
     return trainer
 
 
@@ -93,6 +92,19 @@ def test_it_learns_what_a_plain_loop_learns(name: str, tmp_path: Path) -> None:
     loops.assert_same(reference, module.net)
     loops.assert_same_state(state, callback.state_dict())
     assert callback.learner.total_steps == state["steps"]
+
+
+def test_a_learner_takes_lightnings_optimizer(tmp_path: Path) -> None:
+    """Without the callback: as in a loop of one's own, with what `self.optimizers()` returns."""
+
+    class Own(Lit):
+        def on_train_start(self) -> None:
+            self.learner = dspfx.GroupLearner(self.net, self.optimizers(), loops.STEPS)
+
+    module, reference = Own(), loops.prepared()
+    fit(module, [], tmp_path)
+    loops.assert_same_state(loops.plain(reference), module.learner.state_dict())
+    loops.assert_same(reference, module.net)
 
 
 def test_manual_optimization(tmp_path: Path) -> None:
@@ -197,6 +209,24 @@ def test_an_average_of_weights_beside_it_changes_nothing_that_is_learned(tmp_pat
     loops.assert_same_state(loops.plain(reference), callback.state_dict())
 
 
+def test_an_average_copied_into_a_pruned_network_leaves_its_gates(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    module = Lit()
+    fit(module, [learning()], tmp_path)
+    dspfx.prune(module.net, dspfx.Budget(flops=0.4))
+    gates = [key for key in module.net.state_dict() if key.endswith(("gate_group", "gate_keep"))]
+    before = loops.tensors(module.net)
+    fit(module, [EMAWeightAveraging(use_buffers=False, decay=0.9)], tmp_path, max_epochs=2)
+    after = loops.tensors(module.net)
+    assert all(torch.equal(before[key], after[key]) for key in gates)
+    assert not torch.equal(before["b.weight"], after["b.weight"])
+    x, _ = loops.batch(9)
+    expected = module.net.eval()(x).detach()
+    small = dspfx.lower(module.net, tune=None)
+    assert torch.allclose(small(x), expected, atol=1e-5 * float(expected.abs().max()))
+
+
 def two() -> Any:
     module = Lit()
     module.other = loops.prepared()
@@ -210,7 +240,29 @@ def test_of_several_networks_one_is_named(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "Lit holds 2 prepared networks (net, other); name the one that is meant: network='net'."
     )
-    fit(module, [learning(network="net")], tmp_path)
+    callbacks = [learning(network="net"), learning(network="other")]
+    fit(module, callbacks, tmp_path)
+    loops.plain(reference)
+    loops.assert_same(reference, module.net)
+    assert {layer["steps"] for layer in callbacks[1].state_dict()["layers"].values()} == {0}  # they see no gradient
+
+
+def test_of_several_optimizers_the_one_that_owns_the_network_is_hooked(tmp_path: Path) -> None:
+    class Pair(Lit):
+        def training_step(self, pair: tuple[Tensor, Tensor], index: int) -> None:
+            other, own = self.optimizers()
+            own.zero_grad()
+            self.manual_backward(F.cross_entropy(self.net(pair[0]), pair[1]))
+            own.step()
+            other.step()
+
+        def configure_optimizers(self) -> Any:
+            return [loops.sgd(self.other), loops.sgd(self.net)]
+
+    module, callback, reference = Pair(automatic=False), learning(network="net"), loops.prepared()
+    module.other = loops.Tiny()
+    callback.total_steps = loops.STEPS
+    fit(module, [callback], tmp_path)
     loops.plain(reference)
     loops.assert_same(reference, module.net)
 

@@ -41,7 +41,7 @@ def learning(**options: Any) -> Any:
     return GroupLearning(**options)
 
 
-class InOrder(transformers.Trainer):  # type: ignore[misc]
+class InOrder(transformers.Trainer):  # type: ignore[name-defined]
     """Takes the samples in their order, as the plain loop does."""
 
     def _get_train_sampler(self, *args: Any) -> Any:
@@ -103,7 +103,12 @@ def adamw(net: nn.Module) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_resumed_run_equals_an_uninterrupted_one(step: int, restore: bool, tmp_path: Path) -> None:
     """Also in the middle of an epoch, and where the Trainer makes the callback anew."""
-    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "logging_strategy": "steps"}
+    options: dict[str, Any] = {
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_strategy": "steps",
+    }
     options |= {"logging_steps": 1, "restore_callback_states_from_checkpoint": restore}
     straight, callback = WithLoss(), learning()
     first = trainer(straight, [callback], tmp_path, adamw, **options)
@@ -123,7 +128,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(step: int, restore: bool, tmp
 
 
 def test_a_checkpoint_without_a_learner_starts_one(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     trainer(WithLoss(), [], tmp_path, **options).train()
     callback = learning()
     resumed = trainer(WithLoss(), [callback], tmp_path, **options)
