@@ -5,7 +5,9 @@ Order and augmentation of an epoch are a function of its seed alone, so that a r
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -130,13 +132,41 @@ class FileSplit:
             batch_sampler=[batch for batch in batches if batch],
             num_workers=min(self.look.workers, len(files)),
             pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
         )
         try:
-            for images, labels in loader:
+            with _signals_held():
+                batches = iter(loader)
+            for images, labels in batches:
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         except StorageError as error:
             # A worker's error arrives wrapped in its traceback; the last line is the message.
             raise StorageError(str(error).strip().splitlines()[-1].rpartition("StorageError: ")[2]) from None
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes that are started meanwhile get no signal until they ask for them; this one gets them afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach every process of a job; a worker that dies of one before its parent has stopped it makes
+    the parent fail with a traceback. A second SIGTERM, with which the parent ends what hangs, works."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 class _Files(Dataset[Any]):

@@ -31,12 +31,16 @@ ANY = "any"  # the name of every event
 
 @dataclass(frozen=True)
 class Kill:
-    """Which signal, and when: at the `count`th event called `event`, or after so many seconds."""
+    """Which signal, and when: at the `count`th event called `event`, or after so many seconds.
+
+    whole_job: workers get it, too, as from Ctrl-C or from whatever ends jobs.
+    """
 
     event: str = ANY
     count: int = 1
     seconds: float | None = None
     signal: int = signal.SIGKILL
+    whole_job: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class End:
 
 
 class Server:
-    """The process that forks runs; `command` is that of all of them, without --out."""
+    """The process that forks runs; `command` is theirs, without --out."""
 
     def __init__(self, folder: Path, command: list[str]) -> None:
         self.command, self.log = command, folder / "server"
@@ -63,11 +67,11 @@ class Server:
             arguments, cwd=ROOT, env=os.environ | places, stdin=pipe, stdout=pipe, text=True
         )
 
-    def start(self, out: Path, kill: Kill | None = None) -> End:
-        """Runs the command until it is killed or done."""
+    def start(self, out: Path, kill: Kill | None = None, command: list[str] | None = None) -> End:
+        """Runs the command, or another one, until it is killed or done."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        job = {"argv": [*self.command, "--out", str(out)], "kill": None if kill is None else asdict(kill)}
+        job = {"argv": [*(command or self.command), "--out", str(out)], "kill": None if kill is None else asdict(kill)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         status = int(self.process.stdout.readline())
@@ -165,6 +169,7 @@ def _run(job: dict[str, Any], log: Path) -> None:
     """The child: runs the command with its events counted, and never returns."""
     code = 70
     try:
+        os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _Events(job["kill"], os.open(log / "events", os.O_WRONLY | os.O_APPEND)).watch()
         from dspfx.__main__ import main
@@ -196,7 +201,11 @@ class _Events:
 
     def die(self) -> None:
         assert self.kill is not None
-        os.kill(os.getpid(), self.kill["signal"])
+        if self.kill["whole_job"]:  # by another process: workers know their parent's signals
+            command = ["kill", f"-{int(self.kill['signal'])}", "--", f"-{os.getpid()}"]
+            subprocess.run(command, start_new_session=True, check=True)
+        else:
+            os.kill(os.getpid(), self.kill["signal"])
         time.sleep(0)  # an interrupt is raised here
 
     def happen(self, name: str) -> None:
