@@ -89,8 +89,7 @@ def prune(
 ) -> PrunePlan:
     """Prunes a prepared network in place to `budget` and returns the plan; what is dropped stays zero in training.
 
-    Groups are those learned; where the gates never learned, filters are clustered by their channel energies. May be
-    called again later to prune further.
+    Groups are those learned or, without learning, filters clustered by channel energies. Call it again to prune further.
 
     A latency is met by measuring: the layers' times on the runtime, kept in the user's cache folder, say what is worth
     removing, and the whole network, lowered and timed beside the dense one, says how much of it. Other budgets are met
@@ -122,12 +121,12 @@ def prune(
             f"{budget} has a latency and no runtime to measure it on; name the one that the network is for: "
             f'prune(gm, budget, runtime="onnxruntime").'
         )
+    if budget.latency is not None:
+        ranks.require_whole(gm, f"prune to {budget}")
     if runtime is not None:
         check_runtime(runtime, threads)
     if example_inputs is not None:
         describe_parts(gm, example_inputs)
-    if budget.latency is not None:
-        ranks.require_whole(gm, f"prune to {budget}")
 
     def decide() -> PrunePlan:
         return _pruned_to(gm, budget, energy, runtime, threads)
@@ -190,7 +189,6 @@ def lower(
     """A smaller network of plain torch parts, in eval mode, equal to `model.eval()`; `model` is left as it was.
 
     A model that does not trace whole keeps its class and its forward: only its traced parts are rewritten.
-
     Works on a pruned network, and on any model with zeros in its weights. Channels that nobody needs are removed,
     through residual streams where every producer and reader agrees; batch norms are folded; every convolution takes
     the form (`LoweredLayer.form`) that suits the runtime. `meta["lower_plan"]` of a network traced whole is the plan.
@@ -204,7 +202,7 @@ def lower(
         model: a pruned network or any other model.
         example_inputs: as for `prepare`, with the batch and size to be fast at; a prepared network remembers its own.
         runtime: "eager", "inductor", "onnxruntime", "openvino" or "tensorrt": where the network is to be fast. The
-            result is a torch module all the same; `dspfx.deploy.runtimes.build` runs it there.
+            result is a torch module all the same, which `dspfx.deploy.runtimes.build` runs there.
         tune: "measure" measures, None takes a rule, "auto" measures where example inputs are given here.
         threads: CPU threads of a call while measuring.
         fold: fold batch norms into convolutions; False keeps them, for further training.

@@ -136,8 +136,8 @@ class FileSplit:
         )
         try:
             with _signals_held():
-                batches = iter(loader)
-            for images, labels in batches:
+                loaded = iter(loader)
+            for images, labels in loaded:
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         except StorageError as error:
             # A worker's error arrives wrapped in its traceback; the last line is the message.
