@@ -89,7 +89,7 @@ def prune(
 ) -> PrunePlan:
     """Prunes a prepared network in place to `budget` and returns the plan; what is dropped stays zero in training.
 
-    Groups are those learned or, without learning, filters clustered by channel energies. Call it again to prune further.
+    Groups are those learned or, without learning, filters clustered by channel energies. May be called once more.
 
     A latency is met by measuring: the layers' times on the runtime, kept in the user's cache folder, say what is worth
     removing, and the whole network, lowered and timed beside the dense one, says how much of it. Other budgets are met
