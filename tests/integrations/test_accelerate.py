@@ -22,6 +22,7 @@ def _fresh_state() -> Iterator[None]:
     """Accelerate keeps its precision and its accumulation for the whole process."""
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -78,6 +78,7 @@ def test_lightning(user: dict[str, Any]) -> None:
 @pytest.fixture
 def _own_accelerate() -> Iterator[None]:
     state = pytest.importorskip("accelerate.state", reason="needs accelerate: the extra dspfx[integrations]")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)
 
