@@ -125,8 +125,7 @@ def prune(
         ranks.require_whole(gm, f"prune to {budget}")
     if runtime is not None:
         check_runtime(runtime, threads)
-    if example_inputs is not None:
-        describe_parts(gm, example_inputs)
+    describe_parts(gm, example_inputs)
 
     def decide() -> PrunePlan:
         return _pruned_to(gm, budget, energy, runtime, threads)

@@ -16,7 +16,7 @@ from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d
 from dspfx.pipeline import lower, prepare, prune
 from dspfx.selfcheck import selfcheck
-from tests.compare import fingerprint, run, same, unchanged
+from tests.compare import error, fingerprint, run, same, unchanged
 from tests.nets.parts import conv_bn_relu, head
 from tests.zoo import ZOO
 
@@ -271,3 +271,16 @@ def test_the_other_side_of_a_branch_is_refused(model: nn.Module, traced: int, me
             network(torch.randn(3, 3, met, 20))
     inputs = (torch.randn(3, 3, traced + 1 if traced > 16 else traced - 1, 20),)
     assert same(run(gm, inputs), run(model, inputs))
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])
+def test_a_network_that_was_cast_is_pruned_and_lowered_in_its_new_type(dtype: torch.dtype, allowed: float) -> None:
+    entry = ZOO["plain"]
+    gm = prepare(entry.build(), entry.inputs(2)).to(dtype)
+    prune(gm, Budget(flops=0.6))
+    small = lower(gm)
+    inputs = tuple(x.to(dtype) for x in entry.inputs(2))
+    with torch.no_grad():
+        expected, found = gm.eval()(*inputs), small(*inputs)
+    assert found.dtype == dtype
+    assert error([expected], [found]) <= allowed

@@ -20,11 +20,10 @@ from dspfx.deploy.agree import disagreement
 from dspfx.deploy.onnx import Nesting
 from dspfx.deploy.quiet import quiet, reason
 from dspfx.errors import ConfigError, InputError, MismatchError, ModelError, RuntimeBuildError
-from dspfx.graph.inputs import describe_inputs, guess_inputs, realise
+from dspfx.graph.inputs import describe_inputs, following, guess_inputs, realise
 from dspfx.graph.samples import samples, with_samples
 from dspfx.graph.traced import network_meta
 from dspfx.modules import GatedLayer
-from dspfx.storage.container import following
 
 Call = Callable[..., Any]
 # Of an output's largest value, against the network in float32: what is told apart from a wrong file. In int8 the error

@@ -68,6 +68,18 @@ def describe(args: Any, kwargs: Any) -> Inputs:
     return Inputs(*pytree.tree_map(to_meta, args), **pytree.tree_map(to_meta, kwargs))
 
 
+def following(inputs: Inputs, module: nn.Module) -> Inputs:
+    """Floating inputs in the one type that the module has: it may have been converted since it was traced."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1:
+        return inputs
+    [dtype] = dtypes
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (inputs.args, inputs.kwargs)
+    )
+    return Inputs(*args, **kwargs)
+
+
 def tensors_of(inputs: Inputs) -> list[Tensor]:
     """Every tensor of the inputs, in order."""
     return [x for x in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]

@@ -16,7 +16,17 @@ from torch import fx, nn
 from dspfx.config import Inputs
 from dspfx.errors import InputError, TraceError
 from dspfx.graph.calls import LAYERS, Calls, record
-from dspfx.graph.inputs import describe, describe_inputs, propagate, real_candidates, realise, refusal, try_inputs
+from dspfx.graph.inputs import (
+    describe,
+    describe_inputs,
+    following,
+    propagate,
+    real_candidates,
+    realise,
+    refusal,
+    tensors_of,
+    try_inputs,
+)
 from dspfx.graph.samples import samples
 from dspfx.graph.trace import trace, trace_shared
 from dspfx.graph.traced import Network, TracedModule, is_traced_in_parts, network_meta, parts_of, set_network_meta
@@ -39,10 +49,9 @@ def trace_parts(model: nn.Module, example_inputs: Any = None) -> Network:
         InputError: the model does not run on the example inputs, or none could be guessed.
         TraceError: no part of the model can be traced; names what stopped the whole.
     """
-    if is_traced_in_parts(model):
+    if is_traced_in_parts(model) or isinstance(model, TracedModule):
         network = copy.deepcopy(model)
-        if example_inputs is not None:
-            describe_parts(network, example_inputs)
+        describe_parts(network, example_inputs)
         return network
     try:
         return trace(model, example_inputs)
@@ -67,8 +76,12 @@ def trace_parts(model: nn.Module, example_inputs: Any = None) -> Network:
 def describe_parts(network: Network, example_inputs: Any) -> None:
     """Gives every node of every traced part the shapes that it has when the network runs on these inputs.
 
-    Raises InputError where it does not run on them.
+    Without any they stay what they were, in the type that the weights have now. Raises InputError where the network
+    does not run on them.
     """
+    if example_inputs is None:
+        _follow_type(network)
+        return
     if isinstance(network, TracedModule):
         propagate(network, describe_inputs(network, example_inputs))
         return
@@ -79,6 +92,17 @@ def describe_parts(network: Network, example_inputs: Any) -> None:
             propagate(part, described)
             part.meta["work"] = calls.work(part, network)
     network_meta(network)["inputs"] = describe(inputs.args, inputs.kwargs)
+
+
+def _follow_type(network: Network) -> None:
+    """What the network remembers of its inputs is of its weights' type again: it may have been cast since."""
+    meta = network_meta(network)
+    for part in parts_of(network).values():
+        known = part.meta["inputs"]
+        inputs = following(known, part)
+        if [x.dtype for x in tensors_of(known)] != [x.dtype for x in tensors_of(inputs)]:
+            propagate(part, inputs)
+    meta["inputs"] = following(meta["inputs"], network)
 
 
 def put_parts(model: nn.Module, parts: Mapping[str, Inputs]) -> nn.Module:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from dspfx.config import Inputs
 from dspfx.errors import StorageError
@@ -50,18 +49,6 @@ def encode_inputs(inputs: Inputs) -> Any:
 
 def decode_inputs(data: Any) -> Inputs:
     args, kwargs = expect(decode_value(data, {}), list, "its example inputs", 2)
-    return Inputs(*args, **kwargs)
-
-
-def following(inputs: Inputs, module: nn.Module) -> Inputs:
-    """Floating inputs in the one type that the module has: it may have been converted since it was traced."""
-    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    if len(dtypes) != 1:
-        return inputs
-    [dtype] = dtypes
-    args, kwargs = pytree.tree_map_only(
-        Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (inputs.args, inputs.kwargs)
-    )
     return Inputs(*args, **kwargs)
 
 

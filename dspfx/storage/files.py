@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import DspfxError, StorageError
-from dspfx.graph.inputs import propagate
+from dspfx.graph.inputs import following, propagate
 from dspfx.graph.trace import trace
 from dspfx.graph.traced import Network, TracedModule, is_traced_in_parts, network_meta
 from dspfx.modules import GatedLayer
@@ -29,7 +29,6 @@ from dspfx.storage.container import (
     decode_inputs,
     decoding,
     encode_inputs,
-    following,
     is_channels_last,
     plain,
     read,

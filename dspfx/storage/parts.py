@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 
 from dspfx.config import Inputs
 from dspfx.errors import MismatchError, StorageError
-from dspfx.graph.inputs import propagate
+from dspfx.graph.inputs import following, propagate
 from dspfx.graph.parts import put_parts, submodule
 from dspfx.graph.traced import Network, TracedModule, network_meta, parts_of, set_network_meta
 from dspfx.graph.verify import replace_everywhere
 from dspfx.modules import replace_module
 from dspfx.plans import LowerPlan
-from dspfx.storage.container import decode_inputs, encode_inputs, following
+from dspfx.storage.container import decode_inputs, encode_inputs
 from dspfx.storage.network import decode_network, encode_network, named_tensors
 from dspfx.storage.values import expect
 
