@@ -19,6 +19,7 @@ from dspfx.modules import GatedLayer
 from dspfx.plans import GatePlan
 
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # Adam's usual ones; the paper names only the learning rate
+_NEWEST = 0.01  # what the last step counts for in the mean of what channels are worth, which so forgets the first ones
 _LEAN = 0.5  # at tau 0.5 and four groups a filter stays with its cluster in about half of the samples
 
 
@@ -90,6 +91,14 @@ class GateBatch:
         """W[o, c] <- W[o, c] * factor[b, o, c] for each weight, in place; zeros stay zeros."""
         for weight, kernels in zip(self.weights, factor[..., None], strict=True):
             weight.mul_(ranks.shared_like(kernels, weight))
+
+    def weigh(self, hard: Tensor, products: Tensor) -> None:
+        """Adds <W, g> [B, O, C] of a step to what the hard groups' channels and the filters are known to be worth."""
+        squares = products.square()
+        for key, values in (("gate_fisher", hard @ squares), ("gate_filter_fisher", squares.sum(-1))):
+            for gate, value in zip(self.gates, values, strict=True):
+                mean: Tensor = getattr(gate.layer, key)
+                mean.lerp_(value.to(mean.dtype), max(1 / gate.steps, _NEWEST))
 
     def step_logits(self, hypergradient: Tensor, lr: float) -> None:
         """One Adam step on the logits, along [B, G, O]."""

@@ -224,20 +224,24 @@ class GroupLearner:
                 for batch, p, energy in zip(batches, soft, energies, strict=True)
             ]
             gradients = gradient_at(self._gm, closure, batches, factors)
+        products = [batch.products(g) for batch, g in zip(batches, gradients, strict=True)]
+        if self._is_shared and closure is not None:
+            ranks.average(products)  # of gradients that no hook of DDP has seen
         hypergradients = [
             grouping.hypergradient(
-                p, energy, batch.products(g), batch.scale, xi=batch.lr, strength=strength, tau=tau, factor=factor
+                p, energy, product, batch.scale, xi=batch.lr, strength=strength, tau=tau, factor=factor
             )
-            for batch, p, energy, g, factor in zip(batches, soft, energies, gradients, factors, strict=True)
+            for batch, p, energy, product, factor in zip(batches, soft, energies, products, factors, strict=True)
         ]
         if self._is_shared:
             if self.steps % _COMPARED_EVERY == 0:
                 ranks.check_same(_compared(batches, energies))
-            ranks.average(hypergradients)  # linear in the gradients: exact's, which no hook of DDP sees, come along
+            ranks.average(hypergradients)  # equal but for rounding, on machines that are not
         check_finite(batches, hypergradients)
-        for batch, energy, hypergradient in zip(batches, energies, hypergradients, strict=True):
+        for batch, energy, product, hypergradient in zip(batches, energies, products, hypergradients, strict=True):
             batch.step_logits(hypergradient, self.lr)
             hard = grouping.hard_groups(batch.logits()).to(energy.dtype)
+            batch.weigh(hard, product)
             # What prune zeroed stays zero: the slope is finite, and it multiplies the weight.
             factor = grouping.adapted_factor(hard, energy, batch.scale, batch.lr, strength)
             batch.multiply(factor)

@@ -19,6 +19,9 @@ class GatedLayer(nn.Module):
         gate_logits: float [G, O], the group logits A of DSP section 3; all zero until learned.
         gate_group: int64 [O], the group of each filter once pruned; -1 is a dead filter.
         gate_keep: bool [G, C], the input channels each group still reads.
+        gate_fisher: float [G, C], what learning found out of each group channel's worth: the mean over steps of the
+            sum over the group's filters of <W[o, c], g[o, c]>^2, g being the gradient of the loss.
+        gate_filter_fisher: float [O], the same summed over channels instead, of each filter.
 
     They are buffers, not parameters, so that no optimizer, weight decay or DDP unused-parameter check sees them.
     """
@@ -28,7 +31,9 @@ class GatedLayer(nn.Module):
     gate_logits: Tensor
     gate_group: Tensor
     gate_keep: Tensor
-    GATE_KEYS = ("gate_logits", "gate_group", "gate_keep")
+    gate_fisher: Tensor
+    gate_filter_fisher: Tensor
+    GATE_KEYS = ("gate_logits", "gate_group", "gate_keep", "gate_fisher", "gate_filter_fisher")
     filter_axis = 0
 
     @classmethod
@@ -47,6 +52,8 @@ class GatedLayer(nn.Module):
         gated.register_buffer("gate_logits", torch.zeros(groups, filters, device=device))
         gated.register_buffer("gate_group", torch.zeros(filters, dtype=torch.int64, device=device))
         gated.register_buffer("gate_keep", torch.ones(groups, channels, dtype=torch.bool, device=device))
+        gated.register_buffer("gate_fisher", torch.zeros(groups, channels, device=device))
+        gated.register_buffer("gate_filter_fisher", torch.zeros(filters, device=device))
         return gated
 
     def ungated(self) -> nn.Module:
@@ -83,6 +90,11 @@ class GatedLayer(nn.Module):
         return bool((self.gate_logits != 0).any())
 
     @property
+    def is_weighed(self) -> bool:
+        """True once learning has seen what the group channels are worth."""
+        return bool((self.gate_fisher != 0).any())
+
+    @property
     def is_pruned(self) -> bool:
         """True once a filter died or a group lost an input channel."""
         return bool((self.gate_group < 0).any() or not self.gate_keep.all())
@@ -102,11 +114,12 @@ class GatedLayer(nn.Module):
         return mask.reshape(*mask.shape, *[1] * (self.weight.dim() - 2))
 
     def _apply(self, fn: Any, *rest: Any) -> Any:
-        # A learner's steps of 1e-3 would be lost: in gm.half() and gm.bfloat16() the logits stay in float32.
-        logits = self.gate_logits
+        # A learner's steps of 1e-3 would be lost: in gm.half() and gm.bfloat16() what it learns stays in float32.
+        learned = {key: value for key, value in self._buffers.items() if key in self.GATE_KEYS and value is not None}
         super()._apply(fn, *rest)
-        if self.gate_logits.dtype.itemsize < 4:
-            self.gate_logits = logits.to(self.gate_logits.device, torch.promote_types(logits.dtype, torch.float32))
+        for key, value in learned.items():
+            if value.is_floating_point() and getattr(self, key).dtype.itemsize < 4:
+                setattr(self, key, value.to(getattr(self, key).device, torch.promote_types(value.dtype, torch.float32)))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

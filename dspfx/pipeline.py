@@ -41,6 +41,7 @@ from dspfx.passes.plan_latency import plan_latency
 from dspfx.passes.plan_lower import plan_lower
 from dspfx.passes.plan_prune import plan_prune
 from dspfx.passes.remove_gates import remove_gates
+from dspfx.passes.score_structures import Energy
 from dspfx.passes.shrink_channels import shrink_channels
 from dspfx.plans import LowerPlan, PrunePlan
 
@@ -80,7 +81,7 @@ def prepare(model: nn.Module, example_inputs: Any = None, config: GateConfig = D
 def prune(
     gm: nn.Module,
     budget: Budget,
-    importance: str | Importance = "l2",
+    importance: str | Importance = "auto",
     example_inputs: Any = None,
     runtime: str | None = None,
     *,
@@ -90,7 +91,6 @@ def prune(
     """Prunes a prepared network in place to `budget` and returns the plan; what is dropped stays zero in training.
 
     Groups are those learned or, without learning, filters clustered by channel energies. May be called once more.
-
     A latency is met by measuring: the layers' times on the runtime, kept in the user's cache folder, say what is worth
     removing, and the whole network, lowered and timed beside the dense one, says how much of it. Other budgets are met
     afterwards, by removing more. On a terminal a bar shows how far it is.
@@ -100,7 +100,8 @@ def prune(
     Args:
         gm: what `prepare` returned, perhaps trained since.
         budget: fractions of the dense network that remain.
-        importance: "l2", or a function from a weight [O, C, *kernel] to energies [O, C], none negative.
+        importance: "fisher", what a learner found group channels to be worth; "l2", the paper's; "auto", the first
+            where it is known; or a function from a weight [O, C, *kernel] to energies [O, C], none negative.
         example_inputs: where the budget should count another input size than the one prepared with; a latency is that
             of their batch.
         runtime, threads: where a latency is measured, see `lower`.
@@ -115,7 +116,7 @@ def prune(
     """
     if "gate_plan" not in network_meta(gm) or not any(isinstance(m, GatedLayer) for m in gm.modules()):
         raise ModelError(f"{type(gm).__name__} has no gated convolution; call gm = dspfx.prepare(model) first.")
-    energy = resolve(importance)
+    energy = resolve(importance, all(m.is_weighed for m in gm.modules() if isinstance(m, GatedLayer)))
     if budget.latency is not None and runtime is None:
         raise BudgetError(
             f"{budget} has a latency and no runtime to measure it on; name the one that the network is for: "
@@ -140,7 +141,7 @@ def prune(
     return plan
 
 
-def _pruned_to(gm: Network, budget: Budget, energy: Importance, runtime: str | None, threads: int) -> PrunePlan:
+def _pruned_to(gm: Network, budget: Budget, energy: Energy, runtime: str | None, threads: int) -> PrunePlan:
     """The plan that meets every part of the budget."""
     work, plan = gm, None
     if budget.latency is not None and runtime is not None:
@@ -153,7 +154,7 @@ def _pruned_to(gm: Network, budget: Budget, energy: Importance, runtime: str | N
     return plan
 
 
-def _plan_latency(gm: Network, latency: float, energy: Importance, runtime: str, threads: int) -> PrunePlan:
+def _plan_latency(gm: Network, latency: float, energy: Energy, runtime: str, threads: int) -> PrunePlan:
     """The plan that meets a latency, found by measuring."""
     channels, inputs, block = analyse(gm), network_meta(gm)["inputs"], block_widths(runtime)[0]
 

@@ -137,7 +137,8 @@ class PrunePlan(Plan):
         flops_left, params_left: remaining fraction of the MACs and weights of all convolutions and linear layers,
             counted as kept (filter, input channel) pairs.
         gated_flops_left: the same fraction over the gated convolutions only, the papers' count.
-        beta: the global share of energy below which group channels were dropped.
+        beta: the global share of energy below which group channels were dropped; of Fisher information, the loss for
+            a multiply-add (or weight).
         latency_left: measured time of the lowered network, to that of the dense one; None where it was no budget.
     """
 

@@ -37,11 +37,11 @@ class Kept:
 def plan_prune(model: nn.Module, channels: ChannelGraph, budget: Budget, energy: Energy) -> PrunePlan:
     """The PrunePlan that drops the fewest structures, least energy first, such that `budget` holds.
 
-    `energy` maps a weight [O, C, *kernel] to energies [O, C]. Layers that are pruned already keep their groups and
-    only lose more. Raises BudgetError, naming the floor, where the budget cannot be met, and ModelError where a
-    weight or an energy is not finite.
+    `energy` maps a weight [O, C, *kernel] to energies [O, C], or is Fisher's. Layers that are pruned already keep their
+    groups and only lose more. Raises BudgetError, naming the floor, where the budget cannot be met, and ModelError
+    where a weight or an energy is not finite.
     """
-    search = Search(model, channels, energy)
+    search = Search(model, channels, energy, counts_params=budget.flops is None)
     low, high = 0, search.total  # dropping `high` structures meets the budget, or nothing does
 
     def meets(kept: Kept) -> bool:
@@ -75,7 +75,7 @@ class Search:
     state is connected while every output that varies with the input still does.
     """
 
-    def __init__(self, model: nn.Module, channels: ChannelGraph, energy: Energy) -> None:
+    def __init__(self, model: nn.Module, channels: ChannelGraph, energy: Energy, counts_params: bool = False) -> None:
         self.channels = channels
         self.costs = layer_costs(model)
         self.gated = {name: m for name, m in model.named_modules() if isinstance(m, GatedLayer)}
@@ -89,11 +89,13 @@ class Search:
             for s in reversed(channels.steps)
             if s.name in self.gated and s.kind == "conv"
         }
-        self.layers = [
-            score_layer(name, gate, energy, numbers[name], by_score.get(name), self.is_balanced)
-            for name, gate in self.gated.items()
-            if name in self.costs
-        ]
+        self.layers = []
+        for name, gate in self.gated.items():
+            if name in self.costs:
+                cost = self.costs[name].params_per_pair if counts_params else self.costs[name].macs_per_pair
+                free = by_score.get(name)
+                layer = score_layer(name, gate, energy, numbers[name], free, self.is_balanced, cost)
+                self.layers.append(layer)
         self.scores, self.order, self.ends = order_structures(self.layers)
         self.total = len(self.ends) - 1
         self.dense = {s.name: Reads.whole(s) for s in channels.steps if s.kind == "conv"}

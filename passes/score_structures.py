@@ -16,17 +16,19 @@ from dspfx.errors import ModelError
 from dspfx.graph.channels import ChannelGraph
 from dspfx.method.balance import balanced_groups, block_drops, block_size, unit_block
 from dspfx.method.clustering import cluster_filters
-from dspfx.method.importance import group_energy, unit_share
+from dspfx.method.grouping import kernel_energy
+from dspfx.method.importance import Fisher, group_energy, unit_share
 from dspfx.modules import GatedLayer
 
-Energy = Callable[[Tensor], Tensor]
+Energy = Callable[[Tensor], Tensor] | Fisher
 
 
 @dataclass(eq=False)
 class ScoredLayer:
     """One gated convolution: energies [O, C], group [O] (-1 dead), scores of group channels [G, C] and filters [O].
 
-    A score is the share of energy that is gone once the structure is: -inf was gone before, 1 stays. `steps` are the
+    A score is the share of energy that is gone once the structure is or, of Fisher information, grows with the loss for
+    the work saved; -inf was gone before, 1 stays. `steps` are the
     steps of channels [G, C] and of filters [O] (-1 goes in none), of a balanced layer.
     """
 
@@ -39,13 +41,23 @@ class ScoredLayer:
 
 
 def score_layer(
-    name: str, module: GatedLayer, energy: Energy, units: list[Tensor], free: Tensor | None, is_balanced: bool
+    name: str,
+    module: GatedLayer,
+    energy: Energy,
+    units: list[Tensor],
+    free: Tensor | None,
+    is_balanced: bool,
+    cost: float = 1.0,
 ) -> ScoredLayer:
     """The layer's structures; `units` number what goes together, of filters and of channels, `free` are the filters
-    that are scored one by one (bool [O])."""
+    that are scored one by one (bool [O]), `cost` is that of a (filter, channel) pair."""
     weight = module.by_filter(module.weight.detach()).cpu()
     weight = weight.unflatten(2, module.weight.shape[2:]) if module.weight.dim() > 3 else weight
-    pairs = energy(weight)
+    group = _known_groups(module, is_balanced)
+    if isinstance(energy, Fisher) and group is not None:
+        pairs = energy.pairs(module.gate_fisher.cpu().double(), module.gate_filter_fisher.cpu().double(), group)
+    else:
+        pairs = kernel_energy(weight) if isinstance(energy, Fisher) else energy(weight)
     if pairs.shape != weight.shape[:2]:
         raise ModelError(
             f"the importance function gave shape {tuple(pairs.shape)} for {name}; it must give one energy a (filter, "
@@ -56,12 +68,7 @@ def score_layer(
             f"{name} holds weights or energies that are not finite (NaN or infinity); restore a sound one."
         )
     pairs = pairs * module.gate_mask().cpu()
-    if module.is_pruned:
-        group = module.gate_group.cpu()
-    elif module.is_learned:
-        logits = module.gate_logits.cpu()
-        group = balanced_groups(logits) if is_balanced else logits.argmax(0)
-    else:
+    if group is None:
         group = cluster_filters(pairs, module.gate_groups)  # in the energies' own precision, for speed
     pairs = pairs.double()
     filled = torch.zeros(module.gate_groups, dtype=torch.bool)
@@ -69,12 +76,39 @@ def score_layer(
     eligible = module.gate_keep.cpu() & filled[:, None]
     if is_balanced:
         return _in_steps(name, pairs, group, eligible, units, free)
-    channel_scores = unit_share(group_energy(pairs, group, module.gate_groups), eligible, units[1])
+    total = group_energy(pairs, group, module.gate_groups)
+    channel_scores = unit_share(total, eligible, units[1])
     filter_scores = _stay(group)
     if free is not None:
         scores = unit_share(pairs.sum(1), group >= 0, units[0])
         filter_scores = torch.where(free | (group < 0), scores, filter_scores)
+    if isinstance(energy, Fisher):
+        sizes = torch.bincount(group[group >= 0], minlength=module.gate_groups).clamp(min=1)[:, None]
+        channel_scores = _by_price(channel_scores, total / (sizes * cost), units[1])
+        filter_scores = _by_price(filter_scores, pairs.sum(1) / (module.channels * cost), units[0])
     return ScoredLayer(name, pairs, group, channel_scores, filter_scores)
+
+
+def _known_groups(module: GatedLayer, is_balanced: bool) -> Tensor | None:
+    """The group of each filter [O], pruned or learned; None where neither has happened yet."""
+    if module.is_pruned:
+        return module.gate_group.cpu()
+    if module.is_learned:
+        logits = module.gate_logits.cpu()
+        return balanced_groups(logits) if is_balanced else logits.argmax(0)
+    return None
+
+
+def _by_price(scores: Tensor, price: Tensor, unit: Tensor) -> Tensor:
+    """Scores [..., n] in the order of what is lost for the work that is saved, the same scale in every layer.
+
+    What is gone (-inf) or stays (1) does so. Entries of a unit have its mean price.
+    """
+    count = int(unit.max()) + 1 if len(unit) else 0
+    alive = (scores > float("-inf")).to(price.dtype)
+    sums, entries = (x.new_zeros(*x.shape[:-1], count).index_add_(-1, unit, x) for x in (price * alive, alive))
+    mean = (sums / entries.clamp(min=1))[..., unit]
+    return torch.where((scores > float("-inf")) & (scores < 1), mean / (1 + mean), scores)
 
 
 def _in_steps(

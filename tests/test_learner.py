@@ -90,6 +90,44 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, learner: GroupLearne
             assert learner.step(lambda x=x, y=y: F.cross_entropy(net(x), y))  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("mode", ["fused", "exact"])
+def test_it_finds_what_group_channels_and_filters_are_worth(mode: Mode) -> None:
+    """The running mean of squared <W, g>, by autograd at the weights that the formulas see, filter by filter."""
+    net = build().double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    expected: dict[str, tuple[Tensor, ...]] = {}
+    with GroupLearner(net, optimizer, 10, strength=0.0, mode=mode, lr=0.1) as learner:
+        for step in range(3):
+            x, y = data(step, torch.float64)
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            weights = {name: layer.weight.detach().clone() for name, layer in gated(net).items()}
+            gradients = {name: net.get_parameter(f"{name}.weight").grad.clone() for name in weights}  # type: ignore[union-attr]
+            if mode == "exact":
+                torch.manual_seed(100 + step)
+                parameters = [layer.weight for layer in gated(net).values()]
+                statistics = net.bn.state_dict()
+                statistics = {key: value.clone() for key, value in statistics.items()}
+                found = torch.autograd.grad(F.cross_entropy(net(x), y), parameters)
+                net.bn.load_state_dict(statistics)
+                gradients = dict(zip(gated(net), found, strict=True))
+                torch.manual_seed(100 + step)
+                learner.step(lambda x=x, y=y: F.cross_entropy(net(x), y))  # type: ignore[misc]
+            for name, layer in gated(net).items():
+                squares = (weights[name] * gradients[name]).sum((2, 3)).square()
+                group = layer.gate_logits.argmax(0)
+                channels = torch.stack([squares[group == g].sum(0) for g in range(4)])
+                now = (channels, squares.sum(1))
+                expected[name] = tuple(
+                    old.lerp(new, 1 / (step + 1)) for old, new in zip(expected.get(name, now), now, strict=True)
+                )
+    for name, layer in gated(net).items():
+        torch.testing.assert_close(layer.gate_fisher, expected[name][0], rtol=1e-10, atol=0)
+        torch.testing.assert_close(layer.gate_filter_fisher, expected[name][1], rtol=1e-10, atol=0)
+
+
 def gated(net: Net) -> dict[str, GatedConv2d]:
     return {"a": net.a, "b": net.b, "c": net.c}
 

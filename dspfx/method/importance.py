@@ -11,18 +11,41 @@ from dspfx.errors import ConfigError
 from dspfx.method.grouping import kernel_energy
 
 Importance = Callable[[Tensor], Tensor]
+NAMES = ("auto", "fisher", "l2")
 
 
-def resolve(importance: str | Importance) -> Importance:
-    """The energy function of a name, or the user's own: weight [O, C, *kernel] -> energy [O, C], >= 0.
+class Fisher:
+    """Energies that learning found: how much the loss changes without a group channel, in absolute terms.
 
-    "l2" is the squared Frobenius norm of each kernel, the paper's.
+    The empirical Fisher information of a structure S is E[<W_S, g_S>^2], which a learner gathers from the gradients
+    that pass by, kernel by kernel (`GatedLayer.gate_fisher`, `.gate_filter_fisher`).
+    """
+
+    def pairs(self, channels: Tensor, filters: Tensor, group: Tensor) -> Tensor:
+        """Energies [O, C] of kernels, from those of group channels [G, C] and of filters [O], of filters in `group`."""
+        rows = channels[group.clamp(min=0)] * (group >= 0)[:, None]
+        return rows * (filters / rows.sum(1).clamp(min=1e-300))[:, None]
+
+
+def resolve(importance: str | Importance, is_weighed: bool) -> Importance | Fisher:
+    """What a name stands for, or the user's own function: weight [O, C, *kernel] -> energy [O, C], >= 0.
+
+    "l2" is the squared Frobenius norm of each kernel, the paper's; "fisher" is what learning found, and "auto" is that
+    where there is some, for all of the network's gates (`is_weighed`), and "l2" elsewhere.
     """
     if callable(importance):
         return importance
-    if importance == "l2":
-        return kernel_energy
-    raise ConfigError(f"importance is {importance!r}; give 'l2' or a function from a weight [O, C, *kernel] to [O, C].")
+    if importance not in NAMES:
+        raise ConfigError(
+            f"importance is {importance!r}; give one of {', '.join(map(repr, NAMES))}, or a function from a weight "
+            "[O, C, *kernel] to [O, C]."
+        )
+    if importance == "fisher" and not is_weighed:
+        raise ConfigError(
+            "importance='fisher' is gathered by a GroupLearner while it trains every gated layer, and this network has "
+            "layers without; train it so, or give importance='l2'."
+        )
+    return kernel_energy if importance == "l2" or not is_weighed else Fisher()
 
 
 def group_energy(energy: Tensor, group: Tensor, groups: int) -> Tensor:

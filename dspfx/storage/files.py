@@ -211,6 +211,10 @@ def _check_fit(path: Path, model: nn.Module, owner: str, plan: GatePlan, tensors
             expected[f"{name}.gate_logits"] = (spec.groups, spec.out_channels)
             expected[f"{name}.gate_group"] = (spec.out_channels,)
             expected[f"{name}.gate_keep"] = (spec.groups, spec.in_channels)
+            expected[f"{name}.gate_fisher"] = (spec.groups, spec.in_channels)
+            expected[f"{name}.gate_filter_fisher"] = (spec.out_channels,)
+            for key in ("gate_fisher", "gate_filter_fisher"):  # which older files lack
+                tensors.setdefault(f"{name}.{key}", torch.zeros(expected[f"{name}.{key}"]))
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in expected | found:
         if expected.get(name) != found.get(name):

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from dspfx.errors import ConfigError
-from dspfx.method.importance import cumulative_share, group_energy, resolve, unit_share
+from dspfx.method.grouping import kernel_energy
+from dspfx.method.importance import Fisher, cumulative_share, group_energy, resolve, unit_share
 
 
 def test_l2_is_the_squared_norm_of_each_kernel() -> None:
     weight = torch.randn(3, 4, 2, 5, dtype=torch.float64)
-    energy = resolve("l2")(weight)
+    energy = resolve("l2", False)(weight)
     for o in range(3):
         for c in range(4):
             expected = sum(float(v) ** 2 for v in weight[o, c].flatten())
@@ -20,13 +21,31 @@ def test_l2_is_the_squared_norm_of_each_kernel() -> None:
 
 
 def test_a_function_is_itself_and_a_name_must_be_known() -> None:
-    def ours(weight: Tensor) -> Tensor:
-        return weight.abs().sum((2, 3))
+    def own(weight: Tensor) -> Tensor:
+        return weight.flatten(2).abs().sum(2)
 
-    assert resolve(ours) is ours
-    message = r"importance is 'taylor9'; give 'l2' or a function from a weight \[O, C, \*kernel\] to \[O, C\]\."
-    with pytest.raises(ConfigError, match=f"^{message}$"):
-        resolve("taylor9")
+    for is_weighed in (True, False):
+        assert resolve(own, is_weighed) is own
+        assert resolve("l2", is_weighed) is kernel_energy
+        with pytest.raises(
+            ConfigError, match=r"^importance is 'l1'; give one of 'auto', 'fisher', 'l2', or a function"
+        ):
+            resolve("l1", is_weighed)
+    assert isinstance(resolve("auto", True), Fisher)
+    assert isinstance(resolve("fisher", True), Fisher)
+    assert resolve("auto", False) is kernel_energy
+    with pytest.raises(ConfigError, match="gathered by a GroupLearner while it trains every gated layer"):
+        resolve("fisher", False)
+
+
+def test_fisher_s_pairs_add_up_to_its_group_channels_and_filters() -> None:
+    generator = torch.Generator().manual_seed(0)
+    known = torch.rand(5, 4, generator=generator, dtype=torch.float64)
+    group = torch.tensor([0, 1, 1, -1, 0])
+    channels, filters = group_energy(known, group, 2), known.sum(1)
+    pairs = Fisher().pairs(channels, filters, group)
+    torch.testing.assert_close(group_energy(pairs, group, 2), channels)
+    torch.testing.assert_close(pairs.sum(1), filters * (group >= 0))
 
 
 def test_group_energy_sums_the_filters_of_each_group() -> None:

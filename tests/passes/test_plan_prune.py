@@ -10,7 +10,7 @@ from dspfx.config import Budget, GateConfig
 from dspfx.errors import BudgetError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.traced import TracedModule
-from dspfx.method.importance import resolve
+from dspfx.method.importance import Fisher, group_energy, resolve
 from dspfx.modules import GatedConv2d
 from dspfx.passes.plan_prune import Search, plan_prune
 from dspfx.pipeline import lower, prepare, prune
@@ -65,7 +65,7 @@ def test_fractions_are_those_counted_in_the_running_network() -> None:
     for m in gm.modules():
         if isinstance(m, GatedConv2d):
             m.gate_logits.copy_(torch.eye(2)[torch.arange(m.out_channels) % 2].T)
-    plan = plan_prune(gm, analyse(gm), Budget(flops=0.97), resolve("l2"))
+    plan = plan_prune(gm, analyse(gm), Budget(flops=0.97), resolve("l2", False))
     flops, params = count(gm, plan)
     assert plan.flops_left == pytest.approx(flops, abs=1e-12)
     assert plan.params_left == pytest.approx(params, abs=1e-12)
@@ -121,7 +121,7 @@ def test_learned_groups_are_the_argmax_of_the_logits() -> None:
 
 def test_every_prefix_drops_no_less_and_keeps_a_channel_a_group() -> None:
     gm = prepared("resnet_projection")
-    search = Search(gm, analyse(gm), resolve("l2"))
+    search = Search(gm, analyse(gm), resolve("l2", False))
     before = 2.0
     for dropped in range(0, search.total + 1, max(1, search.total // 12)):
         kept = search.keep(dropped)
@@ -162,7 +162,7 @@ class PinnedStream(nn.Module):
 
 def test_channels_that_are_constant_from_the_start_do_not_count_as_cut_off() -> None:
     gm = prepare(PinnedStream(), torch.zeros(2, 3, 8, 8), GateConfig(groups=2))
-    search = Search(gm, analyse(gm), resolve("l2"))
+    search = Search(gm, analyse(gm), resolve("l2", False))
     assert search.keep(0).is_connected
     assert search.keep(search.total).is_connected
     plan = prune(gm, Budget(flops=0.5))
@@ -197,7 +197,7 @@ def test_filters_before_a_norm_over_channels_are_scored_one_by_one() -> None:
     with torch.no_grad():
         body.weight[5] *= 0.01
     gm = prepare(model, torch.zeros(1, 3, 8, 8), GateConfig(groups=1))
-    plan = plan_prune(gm, analyse(gm), Budget(flops=0.9), resolve("l2"))
+    plan = plan_prune(gm, analyse(gm), Budget(flops=0.9), resolve("l2", False))
     (layer,) = (layer for layer in plan.layers if layer.name == "1")
     assert 5 not in {o for group in layer.groups for o in group.filters}
 
@@ -243,3 +243,52 @@ def test_what_an_unknown_operation_made_is_read_channel_by_channel() -> None:
     (body,) = (layer for layer in plan.layers if layer.name == "body")
     assert body.macs_left < body.macs
     assert any(0 < len(group.channels) < 8 for group in body.groups)
+
+
+@pytest.mark.parametrize("counted", ["flops", "params"])
+def test_what_learning_found_goes_by_its_loss_for_the_work_it_saves(counted: str) -> None:
+    """Two layers, of 64 and of 16 positions: a brute-force list of all group channels in their order of price."""
+    wide = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.MaxPool2d(2)]
+    model = nn.Sequential(*wide, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+    gm = prepare(model, torch.zeros(2, 3, 8, 8), GateConfig(groups=2))
+    generator = torch.Generator().manual_seed(0)
+    prices = {}
+    for name, positions, kernel in (("1", 64, 9), ("3", 16, 1), ("4", 16, 1)):
+        gate = gm.get_submodule(name)
+        assert isinstance(gate, GatedConv2d)
+        gate.gate_logits[0, 0::2] = gate.gate_logits[1, 1::2] = 1
+        worth = torch.rand(gate.filters, gate.channels, generator=generator)
+        group = gate.gate_logits.argmax(0)
+        gate.gate_fisher.copy_(group_energy(worth, group, 2))
+        gate.gate_filter_fisher.copy_(worth.sum(1))
+        cost = positions * kernel if counted == "flops" else kernel
+        for g in range(2):
+            size = int((group == g).sum())
+            row = (gate.gate_fisher[g].double() / (size * cost)).tolist()
+            prices |= {(name, g, c): price for c, price in enumerate(row) if price < max(row)}
+    expected = sorted(prices, key=lambda key: prices[key])
+    search = Search(gm, analyse(gm), Fisher(), counts_params=counted == "params")
+    found, before = [], search.rows(0)
+    for dropped in range(1, search.total + 1):
+        after = search.rows(dropped)
+        gone = {name: (before[name].keep & ~after[name].keep).nonzero().tolist() for name in after}
+        found += [(name, *where) for name, places in gone.items() for where in places]
+        before = after
+    assert found == expected
+
+
+def test_pruning_uses_what_learning_found_unless_told_otherwise() -> None:
+    def plan(weighed: bool, importance: str) -> PrunePlan:
+        gm = prepared("plain")
+        generator = torch.Generator().manual_seed(0)
+        for gate in gm.modules():
+            if isinstance(gate, GatedConv2d):
+                gate.gate_logits.normal_(generator=generator)
+                if weighed:
+                    gate.gate_fisher.uniform_(generator=generator)
+                    gate.gate_filter_fisher.uniform_(generator=generator)
+        return prune(gm, Budget(flops=0.6), importance)
+
+    assert plan(False, "auto") == plan(False, "l2")
+    assert plan(True, "auto") == plan(True, "fisher")
+    assert plan(True, "auto") != plan(True, "l2")
