@@ -41,7 +41,7 @@ from dspfx.deploy.timing import compare, interleave
 
 NETWORKS = ("resnet20", "resnet56", "vgg16_bn_cifar")
 BUDGETS = (0.65, 0.5, 0.35)
-AUTHORS_STRENGTH = {"resnet20": 2e-3, "resnet56": 5e-4}  # elsewhere 540 / number of parameters, as they advise
+AUTHORS_STRENGTH = {"resnet20": 2e-3, "resnet56": 5e-4}  # elsewhere "auto", as they advise
 RATIOS = tuple(i / 100 for i in range(5, 95))
 
 
@@ -99,9 +99,12 @@ Pruner = Callable[[Run, nn.Module, float], tuple[nn.Module, float]]  # (pruned c
 
 @dataclass(frozen=True)
 class Method:
-    """How a method trains before it prunes (returning what it learned), and how it prunes."""
+    """How a method trains before it prunes (returning what it learned), and how it prunes.
 
-    title: str
+    Methods that train alike share `stage`, the name of what they learned.
+    """
+
+    stage: str
     learn: Callable[[Run, nn.Module, str], nn.Module]
     prune: Pruner
 
@@ -113,30 +116,44 @@ def build(name: str, checkpoints: Path | None) -> nn.Module:
     return build_resnet(checkpoints and checkpoints / f"{name}_cifar10.safetensors", name)
 
 
-def learn_groups(run: Run, dense: nn.Module, name: str) -> nn.Module:
-    """dspfx with its defaults."""
-    return _with_learner(run, dense, name, dspfx.GateConfig(), {})
+def groups(gates: dspfx.GateConfig | None = None, **options: Any) -> Callable[[Run, nn.Module, str], nn.Module]:
+    """Training with a GroupLearner, of our defaults but for what is given."""
+
+    def learn(run: Run, dense: nn.Module, stage: str) -> nn.Module:
+        gm = dspfx.prepare(dense, run.example, gates or dspfx.GateConfig()).to(memory_format=torch.channels_last)
+        optimizer, plan = run.trainer.optimizer(gm), run.learn_stage(stage)
+        strength = AUTHORS_STRENGTH.get(run.name, "auto") if stage == "dsp" else "auto"
+        steps = plan.epochs * run.trainer.steps
+        with dspfx.GroupLearner(gm, optimizer, steps, strength, seed=run.seed, **options) as learner:
+            run.trainer.fit(gm, optimizer, plan, learner)
+        return gm
+
+    return learn
 
 
-def learn_as_the_authors(run: Run, dense: nn.Module, name: str) -> nn.Module:
-    """DSP as its authors train it: a second pass, logits from zero, their noise and strength."""
-    strength = AUTHORS_STRENGTH.get(run.name, "auto")
-    options = {"mode": "exact", "start": "zeros", "strength": strength}
-    return _with_learner(run, dense, name, dspfx.GateConfig(noise="authors"), options)
-
-
-def _with_learner(run: Run, dense: nn.Module, name: str, gates: dspfx.GateConfig, options: dict[str, Any]) -> nn.Module:
-    gm = dspfx.prepare(dense, run.example, gates).to(memory_format=torch.channels_last)
-    optimizer, stage = run.trainer.optimizer(gm), run.learn_stage(name)
-    with dspfx.GroupLearner(gm, optimizer, stage.epochs * run.trainer.steps, seed=run.seed, **options) as learner:
-        run.trainer.fit(gm, optimizer, stage, learner)
-    return gm
-
-
-def prune_groups(run: Run, learned: nn.Module, budget: float) -> tuple[nn.Module, float]:
+def prune_by(importance: str) -> Pruner:
     """`dspfx.prune` of a copy: one learned network serves every budget."""
-    gm = copy.deepcopy(learned)
-    return gm, dspfx.prune(gm, dspfx.Budget(flops=budget)).flops_left
+
+    def prune(run: Run, learned: nn.Module, budget: float) -> tuple[nn.Module, float]:
+        gm = copy.deepcopy(learned)
+        return gm, dspfx.prune(gm, dspfx.Budget(flops=budget), importance).flops_left
+
+    return prune
+
+
+def prune_untaught(is_random: bool) -> Pruner:
+    """Groups found at once, after plain training: by clustering, or drawn."""
+
+    def prune(run: Run, trained: nn.Module, budget: float) -> tuple[nn.Module, float]:
+        gm = dspfx.prepare(trained, run.example).to(memory_format=torch.channels_last)
+        if is_random:
+            generator = torch.Generator().manual_seed(run.seed)
+            for name, buffer in gm.named_buffers():
+                if name.endswith("gate_logits"):
+                    buffer.normal_(generator=generator)
+        return gm, dspfx.prune(gm, dspfx.Budget(flops=budget)).flops_left
+
+    return prune
 
 
 def learn_nothing(run: Run, dense: nn.Module, name: str) -> nn.Module:
@@ -188,12 +205,24 @@ def _ratio(run: Run, budget: float, pruned: Callable[[float], nn.Module]) -> flo
     return RATIOS[low]
 
 
+AUTHORS = dspfx.GateConfig(noise="authors")
 METHODS = {
-    "dspfx": Method("dspfx", learn_groups, prune_groups),
-    "tp": Method("Torch-Pruning, group norm with sparse learning", learn_group_norms, prune_group_norms),
-    "l1": Method("L1 filter pruning", learn_nothing, prune_filters),
-    "dsp": Method("DSP as its authors train it (exact)", learn_as_the_authors, prune_groups),
+    "dspfx": Method("dspfx", groups(), prune_by("auto")),
+    "tp": Method("tp", learn_group_norms, prune_group_norms),
+    "l1": Method("plain", learn_nothing, prune_filters),
+    "dsp": Method("dsp", groups(AUTHORS, mode="exact", start="zeros"), prune_by("l2")),
+    # What makes groups good: one thing changed at a time.
+    "l2": Method("dspfx", groups(), prune_by("l2")),
+    "zeros": Method("zeros", groups(start="zeros"), prune_by("auto")),
+    "exact": Method("exact", groups(mode="exact"), prune_by("auto")),
+    "noise": Method("noise", groups(AUTHORS), prune_by("auto")),
+    "two": Method("two", groups(dspfx.GateConfig(groups=2)), prune_by("auto")),
+    "eight": Method("eight", groups(dspfx.GateConfig(groups=8)), prune_by("auto")),
+    "clusters": Method("plain", learn_nothing, prune_untaught(is_random=False)),
+    "random": Method("plain", learn_nothing, prune_untaught(is_random=True)),
 }
+GROUPS = {"two": 2, "eight": 8}  # elsewhere four
+COMPARED = ("dspfx", "tp", "l1", "dsp")
 
 
 def train_dense(run: Run, checkpoints: Path) -> nn.Module:
@@ -222,13 +251,13 @@ def compress(run: Run, dense: nn.Module, name: str, budgets: list[float]) -> Non
     todo = [budget for budget in budgets if not (run.folder / f"{name}_{budget:.2f}.json").exists()]
     if not todo:
         return
-    learned = method.learn(run, dense, name)
+    learned = method.learn(run, dense, method.stage)
     for budget in todo:
         label = f"{name}_{budget:.2f}"
         model, share = method.prune(run, learned, budget)
         run.settle(model)
         run.trainer.fit(model, run.trainer.optimizer(model), run.tune_stage(label))
-        finish(run, model, label, share, [f"{name}_learn"])
+        finish(run, model, label, share, [f"{method.stage}_learn"])
 
 
 def train_control(run: Run, dense: nn.Module) -> None:
@@ -248,11 +277,11 @@ def finished(run: Run, label: str) -> nn.Module:
     if not name:
         return dense.eval()
     state = load_state(run.folder / f"{label}_tune.pt") or {}
-    if name in ("dspfx", "dsp"):
-        gm = dspfx.prepare(dense, run.example)
+    if name not in ("tp", "l1"):
+        gm = dspfx.prepare(dense, run.example, dspfx.GateConfig(groups=GROUPS.get(name, 4)))
         gm.load_state_dict(state["model"])
         return gm
-    dense.load_state_dict((load_state(run.folder / f"{name}_learn.pt") or {})["model"])
+    dense.load_state_dict((load_state(run.folder / f"{METHODS[name].stage}_learn.pt") or {})["model"])
     return METHODS[name].prune(run, dense, float(budget))[0]
 
 
@@ -265,7 +294,7 @@ def measure_times(run: Run, labels: list[str]) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {}
     for label in ["control", *labels]:
         network = finished(run, label).to(memory_format=torch.contiguous_format)
-        is_ours = label.startswith("dsp")
+        is_ours = not label.startswith(("tp", "l1", "control"))
         stock = dspfx.lower(network, image, runtime="onnxruntime") if is_ours else network
         native = dspfx.lower(network, image, runtime="eager")
         calls[f"{label} onnxruntime"] = partial(build_runtime("onnxruntime", stock.eval(), image), image)
@@ -292,7 +321,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=tuple(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=COMPARED)
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument(
         "--time", action="store_true", help="measure the latency of what is finished; best on an idle machine"

@@ -17,6 +17,14 @@ TITLES = {
     "tp": "Torch-Pruning, group norm",
     "l1": "L1 filters",
     "dsp": "DSP, the authors' training",
+    "l2": "dspfx, pruned by L2",
+    "zeros": "dspfx, logits from zeros",
+    "exact": "dspfx, second pass",
+    "noise": "dspfx, the authors' noise",
+    "two": "dspfx, 2 groups",
+    "eight": "dspfx, 8 groups",
+    "clusters": "clusters, not learned",
+    "random": "random groups",
     "control": "dense",
 }
 

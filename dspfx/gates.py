@@ -19,7 +19,9 @@ from dspfx.modules import GatedLayer
 from dspfx.plans import GatePlan
 
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # Adam's usual ones; the paper names only the learning rate
-_NEWEST = 0.01  # what the last step counts for in the mean of what channels are worth, which so forgets the first ones
+WEIGHED_EVERY = 4  # steps: what channels are worth changes slowly, and every look at it goes through all products
+_NEWEST = 0.04  # what the last look counts for
+_LARGE = 1 << 16  # (filter, channel) pairs of a layer that is cheaper by itself than copied together with others
 _LEAN = 0.5  # at tau 0.5 and four groups a filter stays with its cluster in about half of the samples
 
 
@@ -79,26 +81,29 @@ class GateBatch:
 
     def energies(self) -> Tensor:
         """w2 [B, O, C]."""
-        return torch.stack([ranks.whole(grouping.kernel_energy(weight)) for weight in self.weights])
+        return _stacked([ranks.whole(grouping.kernel_energy(weight)) for weight in self.weights])
 
     def products(self, gradients: list[Tensor]) -> Tensor:
         """<W, g> [B, O, C], of gradients like `parameters`."""
         pairs = zip(self.gates, gradients, strict=True)
         products = [grouping.kernel_products(gate.weight, gate.layer.by_filter(g)) for gate, g in pairs]
-        return torch.stack([ranks.whole(product) for product in products])
+        return _stacked([ranks.whole(product) for product in products])
 
     def multiply(self, factor: Tensor) -> None:
         """W[o, c] <- W[o, c] * factor[b, o, c] for each weight, in place; zeros stay zeros."""
         for weight, kernels in zip(self.weights, factor[..., None], strict=True):
             weight.mul_(ranks.shared_like(kernels, weight))
 
-    def weigh(self, hard: Tensor, products: Tensor) -> None:
-        """Adds <W, g> [B, O, C] of a step to what the hard groups' channels and the filters are known to be worth."""
+    def weigh(self, hard: Tensor, products: Tensor, times: int) -> None:
+        """Adds <W, g> [B, O, C] of a step to what the hard groups' channels and the filters are known to be worth.
+
+        `times` is how often that happened before. The mean forgets the first steps.
+        """
         squares = products.square()
         for key, values in (("gate_fisher", hard @ squares), ("gate_filter_fisher", squares.sum(-1))):
             for gate, value in zip(self.gates, values, strict=True):
                 mean: Tensor = getattr(gate.layer, key)
-                mean.lerp_(value.to(mean.dtype), max(1 / gate.steps, _NEWEST))
+                mean.lerp_(value.to(mean.dtype), max(1 / (times + 1), _NEWEST))
 
     def step_logits(self, hypergradient: Tensor, lr: float) -> None:
         """One Adam step on the logits, along [B, G, O]."""
@@ -170,9 +175,14 @@ def batch_gates(gates: list[Gate], optimizer: torch.optim.Optimizer, scales: dic
         if not weight.requires_grad or weight.grad is None or id(weight) not in owners:
             continue
         index, group = owners[id(weight)]
-        key = (logits.shape, logits.dtype, gate.layer.channels, weight.dtype, weight.device, index)
+        single = gate.name if gate.layer.filters * gate.layer.channels >= _LARGE else ""
+        key = (logits.shape, logits.dtype, gate.layer.channels, weight.dtype, weight.device, index, single)
         found.setdefault(key, (float(group["lr"]), []))[1].append(gate)
     return [GateBatch(members, lr, _scale(members, scales)) for lr, members in found.values()]
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _scale(gates: list[Gate], scales: dict[Any, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dspfx import ranks
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
-from dspfx.gates import Gate, GateBatch, batch_gates, check_finite, check_saved, find_gates
+from dspfx.gates import WEIGHED_EVERY, Gate, GateBatch, batch_gates, check_finite, check_saved, find_gates
 from dspfx.method import grouping
 from dspfx.optimizers import stepping_optimizer
 from dspfx.second_pass import gradient_at
@@ -241,7 +241,8 @@ class GroupLearner:
         for batch, energy, product, hypergradient in zip(batches, energies, products, hypergradients, strict=True):
             batch.step_logits(hypergradient, self.lr)
             hard = grouping.hard_groups(batch.logits()).to(energy.dtype)
-            batch.weigh(hard, product)
+            if self.steps % WEIGHED_EVERY == 0:
+                batch.weigh(hard, product, self.steps // WEIGHED_EVERY)
             # What prune zeroed stays zero: the slope is finite, and it multiplies the weight.
             factor = grouping.adapted_factor(hard, energy, batch.scale, batch.lr, strength)
             batch.multiply(factor)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dspfx import learner as learner_module
 from dspfx.config import GateConfig
 from dspfx.errors import ConfigError, DspfxError, MismatchError, ModelError, StorageError
 from dspfx.graph.traced import network_meta, set_network_meta
@@ -91,8 +92,9 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, learner: GroupLearne
 
 
 @pytest.mark.parametrize("mode", ["fused", "exact"])
-def test_it_finds_what_group_channels_and_filters_are_worth(mode: Mode) -> None:
+def test_it_finds_what_group_channels_and_filters_are_worth(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """The running mean of squared <W, g>, by autograd at the weights that the formulas see, filter by filter."""
+    monkeypatch.setattr(learner_module, "WEIGHED_EVERY", 1)
     net = build().double()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     expected: dict[str, tuple[Tensor, ...]] = {}
@@ -309,7 +311,8 @@ def test_only_gated_weights_differ_from_a_plain_step(
     for key, state in after[0][2].items():
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(after[1][2][key][k])) for k, v in state.items())
     changed = {key for key, value in snapshot(plain).items() if not torch.equal(value, ours.state_dict()[key])}
-    assert changed == {f"{name}.{key}" for name in GATED for key in ("weight", "gate_logits")}
+    own = ("weight", "gate_logits", "gate_fisher", "gate_filter_fisher")
+    assert changed == {f"{name}.{key}" for name in GATED for key in own}
 
 
 def test_the_second_pass_sees_the_adapted_filters_and_restores_everything() -> None:

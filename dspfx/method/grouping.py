@@ -54,14 +54,17 @@ def layer_scale(
 
 def kernel_energy(weight: Tensor) -> Tensor:
     """w2 [O, C] of a weight [O, C, *kernel]; half precision is summed in float32."""
-    norm: Tensor = torch.linalg.vector_norm(weight.flatten(2), dim=2, dtype=compute_dtype(weight))
-    return norm.square()
+    return kernel_products(weight, weight)
 
 
-def kernel_products(weight: Tensor, gradient: Tensor) -> Tensor:
+def kernel_products(weight: Tensor, other: Tensor) -> Tensor:
     """wg [O, C], the inner products of the kernels of two tensors [O, C, *kernel]; half precision in float32."""
     dtype = compute_dtype(weight)
-    return (weight.to(dtype) * gradient.to(dtype)).flatten(2).sum(dim=2)
+    product = (weight.to(dtype) * other.to(dtype)).flatten(2)
+    if product.shape[2] == 1:
+        return product.squeeze(2)
+    # A product with ones takes half the time of a sum over so short a dimension; a DTensor has no plain one to meet.
+    return product @ product.new_ones(product.shape[2]) if type(product) is Tensor else product.sum(dim=2)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -87,8 +90,9 @@ def _terms(p: Tensor, w2: Tensor) -> _Terms:
     return _Terms(p2, root_p, root_p.sum(dim=-1, keepdim=True), norm, inverse)
 
 
-def _slope(t: _Terms) -> Tensor:
-    return (t.p2 * t.root_s.square()).mT @ t.inverse
+def _slope(t: _Terms, scale: Scale) -> Tensor:
+    # The layer's scale goes into the small factor, so that [O, C] is gone through once.
+    return (t.p2 * t.root_s.square() * scale).mT @ t.inverse
 
 
 def _direct(t: _Terms, w2: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ def penalty(p: Tensor, w2: Tensor, scale: Scale) -> Tensor:
 
 def penalty_slope(p: Tensor, w2: Tensor, scale: Scale) -> Tensor:
     """The [..., O, C] matrix with dR/dW[o, c] = W[o, c] * slope[o, c], so that no weight has to be copied."""
-    return scale * _slope(_terms(p, w2))
+    return _slope(_terms(p, w2), scale)
 
 
 def direct_term(p: Tensor, w2: Tensor, scale: Scale) -> Tensor:
@@ -131,7 +135,7 @@ def to_logits(q: Tensor, p: Tensor, tau: float) -> Tensor:
 
 def adapted_factor(p: Tensor, w2: Tensor, scale: Scale, xi: float, strength: float) -> Tensor:
     """The [..., O, C] factor f of the one-step adapted filters: W' = W - xi * strength * dR/dW(W, P) = f * W."""
-    return 1 - (xi * strength) * penalty_slope(p, w2, scale)
+    return penalty_slope(p, w2, -xi * strength * scale).add_(1)
 
 
 def hypergradient(
@@ -164,6 +168,6 @@ def hypergradient(
         w2_adapted = factor * cross
         adapted = _terms(p, w2_adapted)
     # v = g + strength * dR/dW(W'), the gradient of the whole objective at the adapted filters; wv = <W, v>.
-    wv = torch.addcmul(wg, _slope(adapted) * scale, cross, value=strength)
+    wv = torch.addcmul(wg, _slope(adapted, scale), cross, value=strength)
     q = torch.add(_direct(adapted, w2_adapted), _mixed(t, w2, wv), alpha=-xi)
     return to_logits(q * (strength * scale), p, tau)
