@@ -175,7 +175,10 @@ stays behind.
 
 {table}
 
-"half a ..." is a file of which half was on the disk. {seconds:.0f} s on {machine}.
+"half a ..." is a file of which half was on the disk. The run that nobody killed stores what layers cost, two events
+that later runs do not have: so many of the runs that were to be killed at each event went through.
+
+{seconds:.0f} s on {machine}.
 
 Made by
 
