@@ -81,7 +81,13 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
     )
     how.add_argument("--groups", type=int, help=f"groups a convolution {_default('groups')}")
     how.add_argument("--mode", choices=("fused", "exact"), help=f"how groups learn {_default('mode')}")
-    how.add_argument("--strength", type=_strength, help=f"of the group regulariser {_default('strength')}")
+    how.add_argument(
+        "--strength",
+        type=_strength,
+        help="of the group regulariser: a number, auto (540 / number of parameters), or "
+        "steered, which begins as auto and changes it while groups are learned, so that pruning to --budget drops about "
+        f"3%% of each group's energy {_default('strength')}",
+    )
     how.add_argument(
         "--one-shot",
         action="store_true",
@@ -165,9 +171,9 @@ def share(text: str) -> tuple[str, float]:
 
 
 def _strength(text: str) -> float | str:
-    if text == "auto":
+    if text in ("auto", "steered"):
         return text
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor a number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto', 'steered' nor a number") from None

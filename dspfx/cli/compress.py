@@ -115,8 +115,9 @@ def rehearse(dense: nn.Module, example: Tensor, single: Tensor, settings: Settin
 
 def make_learner(gm: nn.Module, optimizer: SGD, steps: int, settings: Settings) -> dspfx.GroupLearner:
     """The learner that the settings ask for."""
+    strength = "auto" if settings.strength == "steered" else settings.strength
     return dspfx.GroupLearner(
-        gm, optimizer, steps, strength=settings.strength, mode=settings.mode, seed=settings.recipe.seed
+        gm, optimizer, steps, strength, settings.mode, seed=settings.recipe.seed, budget=settings.steered_by
     )
 
 
@@ -133,6 +134,8 @@ def learn(gm: nn.Module, settings: Settings, trainer: Trainer) -> Progress:
     if stage.epochs == 0:
         return Progress()
     optimizer, steps = trainer.optimizer(gm), stage.epochs * trainer.steps
+    if settings.fork is not None:
+        return trainer.fit(gm, optimizer, stage)  # all its epochs are found, and a learner's budget was another one
     with make_learner(gm, optimizer, steps, settings) as learner:
         return trainer.fit(gm, optimizer, stage, learner)
 

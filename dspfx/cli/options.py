@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from dspfx.cli import forks, models
@@ -53,7 +53,7 @@ class Settings:
     budget: Budget
     runtime: str
     mode: Literal["fused", "exact"]
-    strength: float | Literal["auto"]
+    strength: float | Literal["auto", "steered"]
     one_shot: bool
     dense_control: bool
 
@@ -80,6 +80,15 @@ class Settings:
                 "--distill needs a trained dense network to learn from, and this one is random; give --checkpoint or "
                 "--epochs-dense."
             )
+
+        if self.strength == "steered" and self.steered_by is None and self.fork is None:
+            raise ConfigError("--strength steered needs flops or params in --budget to steer by; add one of them.")
+
+    @property
+    def steered_by(self) -> Budget | None:
+        """What the strength is steered by: of the budget, what is counted and not measured."""
+        counted = self.budget.flops is not None or self.budget.params is not None
+        return replace(self.budget, latency=None) if counted and self.strength == "steered" else None
 
     @property
     def is_dense_trained(self) -> bool:

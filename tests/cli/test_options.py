@@ -109,7 +109,7 @@ def test_bad_settings_are_explained(line: str, kind: type[DspfxError], message: 
             "--budget speed=0.5",
             "argument --budget: 'speed=0.5' is no budget; give flops=0.35 or params=0.35 or latency=0.35",
         ),
-        ("--strength much", "argument --strength: 'much' is neither 'auto' nor a number"),
+        ("--strength much", "argument --strength: 'much' is neither 'auto', 'steered' nor a number"),
     ],
 )
 def test_unreadable_options_are_explained(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

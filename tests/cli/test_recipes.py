@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +32,7 @@ from tests.cli.test_options import settings
 from tests.cli.test_training import WithHead, make_model, make_trainer
 
 MACHINE = ["--threads", "1", "--device", "cpu"]
+NETWORKS = ("dense.safetensors", "pruned.safetensors", "network.safetensors")
 COMMAND = [*DIGITS, "--budget", "flops=0.6"]
 
 
@@ -62,9 +64,15 @@ def fork(source: Path, out: Path, *more: str) -> list[str]:
 
 
 def compare(a: Path, b: Path) -> list[str]:
-    """Where two runs differ, in what is not the name of the other run."""
-    found = [contents(out) for out in (a, b)]
-    for files in found:
+    """Where two runs differ, in what is not the name of the other run.
+
+    Of networks the contents are compared: in which order a file holds them is a matter of each process's hashes.
+    """
+    found = contents(a), contents(b)
+    for out, files in zip((a, b), found, strict=True):
+        for name in NETWORKS:
+            with safe_open(out / name, "pt") as file:
+                files[name] = {"": file.metadata(), **{key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
         files["settings.json"] = {**json.loads(files["settings.json"]), "fork": None}
         files["results.json"]["arguments"]["fork"] = None
     return differences(*found)
@@ -156,8 +164,8 @@ def test_forks_that_cannot_be_are_explained(source: Path, tmp_path: Path, capsys
         f"--fork {half} has trained 0 of the 2 epochs of its stage 'dense'; {advice}"
     )
     assert "--out" in refused(capsys, fork(source, source))
-    assert main(fork(source, out)) == 0  # the folder of a fork that was refused is none the worse
-    assert main(fork(source, out, "--groups", "4")) == 0
+    shutil.copytree(source / "checkpoints", half / "checkpoints", dirs_exist_ok=True)
+    assert main(fork(half, out, "--groups", "4")) == 0  # once that is done, the same command goes on
 
 
 def test_runs_of_an_older_version_can_be_forked_and_go_on(source: Path, tmp_path: Path) -> None:
@@ -220,7 +228,8 @@ def test_cycles_that_are_killed_go_on(source: Path, tmp_path: Path) -> None:
     with Server(tmp_path, command) as server:
         assert server.start(tmp_path / "whole").code == 0
         out = tmp_path / "out"
-        kills = (Kill("pruned", 2), Kill("step", 8), Kill("half a checkpoint", 1), Kill("pruned", 2), Kill("step", 7))
+        half = Kill("half a checkpoint")  # of fine-tuning, then of what is pruned
+        kills = (Kill("step", 8), half, Kill("pruned"), half, Kill("step", 7), half)
         for kill in kills:
             assert server.start(out, kill).signal == 9, kill
         assert server.start(out).code == 0
@@ -231,7 +240,8 @@ def test_cycles_that_are_killed_go_on(source: Path, tmp_path: Path) -> None:
 
 
 def softened(logits: Tensor, temperature: float) -> list[list[float]]:
-    return [[float(v) for v in row] for row in F.softmax(logits.double() / temperature, dim=1)]
+    found: list[list[float]] = F.softmax(logits.detach().double() / temperature, dim=1).tolist()
+    return found
 
 
 def test_the_loss_is_the_formula(tmp_path: Path) -> None:
@@ -247,8 +257,8 @@ def test_the_loss_is_the_formula(tmp_path: Path) -> None:
     for ours, theirs in zip(*rows, strict=True):
         divergence += sum(p * math.log(p / q) for p, q in zip(ours, theirs, strict=True)) / len(images)
     entropy, of_head = (F.cross_entropy(x, labels, label_smoothing=0.1) for x in (main_logits, head))
-    expected = (1 - share) * float(entropy) + share * temperature**2 * divergence + 0.3 * float(of_head)
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    expected = (1 - share) * entropy.item() + share * temperature**2 * divergence + 0.3 * of_head.item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(logits, main_logits)
     loss.backward()
     assert all(p.grad is None for p in network.parameters())
@@ -258,14 +268,14 @@ def test_the_loss_is_the_formula(tmp_path: Path) -> None:
 def test_a_student_is_drawn_to_a_teacher_that_does_not_change(tmp_path: Path) -> None:
     """With the whole loss from the teacher, labels do not matter."""
     trainer, teacher, student = make_trainer(tmp_path), make_model(), make_model()
-    trainer.fit(teacher, trainer.optimizer(teacher), Stage("dense", ((1, 0.1),)))
+    trainer.fit(teacher, trainer.optimizer(teacher), Stage("dense", ((6, 0.1),)))
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    asked = Teacher(teacher, Distill(1.0, 4.0))
+    asked = Teacher(teacher, Distill(1.0, 1.0))
     images = next(trainer.val.in_order(16))[0]
-    distance = float(asked.divergence(student.eval()(images), images))
-    stage = Stage("tune", ((4, 0.05),), keep="last")
+    distance = asked.divergence(student.eval()(images), images).item()
+    stage = Stage("tune", ((8, 0.1),), keep="last")
     trainer.fit(student, trainer.optimizer(student), stage, teacher=asked)
-    assert float(asked.divergence(student.eval()(images), images)) < 0.2 * distance
+    assert asked.divergence(student.eval()(images), images).item() < 0.2 * distance
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     assert not teacher.training
 
@@ -274,7 +284,8 @@ def test_learning_in_exact_mode_can_have_a_teacher(tmp_path: Path) -> None:
     """The learner's second pass asks the teacher too, and the gradient of both passes is of the same loss."""
     curves = {}
     for share in (0.0, 0.5):
-        gm = dspfx.prepare(make_model(), torch.zeros(2, 3, 8, 8))
+        torch.manual_seed(0)
+        gm = dspfx.prepare(resume.build("", 3), torch.zeros(2, 3, 8, 8))
         (tmp_path / str(share)).mkdir()
         trainer, calls = make_trainer(tmp_path / str(share)), 0
 
@@ -354,9 +365,10 @@ def test_one_shot_of_a_trained_network_is_stated_as_such(tmp_path: Path, capsys:
     pruned = load_state(tmp_path / "checkpoints" / "pruned.pt")
     assert pruned is not None
     plan = json.loads(pruned["plan"])
-    groups = [len(group["filters"]) for group in plan["layers"][1]["groups"]]
+    layer = plan["layers"][0]
+    groups = [len(group["filters"]) for group in layer["groups"]]
     assert sum(size > 0 for size in groups) > 1  # clustered: logits of zeros would put all filters into one group
-    assert float(pruned["model"]["0.gate_logits"].abs().max()) == 0
+    assert not pruned["model"][f"{layer['name']}.gate_logits"].any()
 
 
 def test_help_teaches_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
