@@ -133,8 +133,8 @@ class GroupLearner:
 
     def stats(self) -> dict[str, float]:
         """For progress bars: steps, penalty R of the hard groups (unweighted), mean entropy of a filter's group
-        probabilities in nats (log G at the start, 0 when decided), and the norm of the last hypergradient; steered, also
-        the factor on the strength and beta. Of a network under fully_shard, to be called on every rank."""
+        probabilities in nats (log G at the start, 0 when decided), and the norm of the last hypergradient; steered,
+        also the factor on the strength, and beta. Of a network under fully_shard, to be called on every rank."""
         penalty, entropy, filters = 0.0, 0.0, 0
         with torch.no_grad():
             for gate in self._gates:
@@ -171,8 +171,8 @@ class GroupLearner:
         """Continues where `state_dict()` was taken; raises, and changes nothing, when it is of another network."""
         if state.get("version") not in range(1, _STATE_VERSION + 1):
             raise StorageError(
-                f"The GroupLearner state has version {state.get('version')!r}, this dspfx reads up to {_STATE_VERSION}; "
-                "load it with the dspfx that wrote it."
+                f"The GroupLearner state has version {state.get('version')!r}, this dspfx reads up to "
+                f"{_STATE_VERSION}; load it with the dspfx that wrote it."
             )
         saved, steering = state["layers"], state.get("steering")
         check_saved(saved, self._gates)

@@ -84,8 +84,8 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--strength",
         type=_strength,
-        help="of the group regulariser: a number, auto (540 / number of parameters), or "
-        "steered, which begins as auto and changes it while groups are learned, so that pruning to --budget drops about "
+        help="of the group regulariser: a number, auto (540 / number of parameters), or steered, which begins as auto "
+        "and changes it while groups are learned, so that pruning to --budget would drop about "
         f"3%% of each group's energy {_default('strength')}",
     )
     how.add_argument(
