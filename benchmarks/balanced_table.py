@@ -22,7 +22,8 @@ from torch import nn
 
 import dspfx
 from benchmarks import latency_accuracy as training
-from dspfx.cli.training import Stage, evaluate
+from dspfx.cli.scoring import evaluate
+from dspfx.cli.training import Stage
 from dspfx.estimate import random_energy
 
 RUNTIMES = ("onnxruntime", "openvino", "eager")

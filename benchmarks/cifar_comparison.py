@@ -30,10 +30,11 @@ from benchmarks import group_norm_peer as peer
 from benchmarks.latency_accuracy import HalfTrainer
 from benchmarks.projection_resnet import build as build_resnet
 from dspfx.cli import models
+from dspfx.cli.arguments import IMAGENET_MEAN, IMAGENET_STD
 from dspfx.cli.checkpoints import claim_folder, load_state, write_text
 from dspfx.cli.data import Data, DataConfig, load_data
-from dspfx.cli.options import IMAGENET_MEAN, IMAGENET_STD
-from dspfx.cli.training import Recipe, Stage, evaluate, recalibrate, say
+from dspfx.cli.scoring import evaluate, recalibrate, say
+from dspfx.cli.training import Recipe, Stage
 from dspfx.deploy.benchmark import describe_setting
 from dspfx.deploy.quiet import torch_threads
 from dspfx.deploy.runtimes import build as build_runtime

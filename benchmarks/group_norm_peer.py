@@ -22,7 +22,7 @@ from torch.optim import SGD
 
 import dspfx
 from dspfx.cli.checkpoints import write_text
-from dspfx.cli.training import say
+from dspfx.cli.scoring import say
 from dspfx.deploy.benchmark import Results
 
 REGULARISER = 5e-4

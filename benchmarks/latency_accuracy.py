@@ -27,10 +27,11 @@ import dspfx
 from benchmarks import group_norm_peer as peer
 from benchmarks.latency_accuracy_page import page
 from benchmarks.projection_resnet import build
+from dspfx.cli.arguments import IMAGENET_MEAN, IMAGENET_STD
 from dspfx.cli.checkpoints import claim_folder, load_state, read_json, save_state, write_text
 from dspfx.cli.data import Data, DataConfig, load_data
-from dspfx.cli.options import IMAGENET_MEAN, IMAGENET_STD
-from dspfx.cli.training import Progress, Recipe, Stage, Trainer, evaluate, recalibrate, say
+from dspfx.cli.scoring import evaluate, recalibrate, say
+from dspfx.cli.training import Progress, Recipe, Stage, Trainer
 
 ARMS = ("dense", "peer", "ours", "control")
 LAST_STAGES = ("peer_tune", "ours_tune", "control")

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from dspfx import ranks
+from dspfx.config import Budget
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
-from dspfx.gates import WEIGHED_EVERY, Gate, GateBatch, batch_gates, check_finite, check_saved, find_gates
+from dspfx.gates import WEIGHED_EVERY, GateBatch, batch_gates, check_finite, check_saved, find_gates
+from dspfx.learner_checks import check_arguments, check_optimizer
 from dspfx.method import grouping
 from dspfx.optimizers import stepping_optimizer
 from dspfx.second_pass import gradient_at
+from dspfx.steering import Steering
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2  # 1 had no "steering"
 _COMPARED_EVERY = 100  # steps, and the first: are the ranks still alike?
 
 
@@ -57,12 +60,15 @@ class GroupLearner:
             by channel energies gives it, which short trainings need: from "zeros", the paper's start, thousands of
             steps at lr 1e-3 hardly tell filters apart.
         seed: of the learner's own noise; the global generators are never touched.
+        budget: what the network will be pruned to; the strength is then steered from `strength` on, so that this costs
+            little (see dspfx/steering.py and docs/results/steering.md).
         distributed: where torch.distributed is initialised, all ranks train one network; False: each its own.
 
     Raises:
         ConfigError: an argument out of its range, mode="exact" of a sharded network, or an optimizer that maximizes,
             has no learning rate, or cannot be hooked.
         ModelError: `gm` has no gates.
+        BudgetError: `budget` cannot be reached, or holds a latency.
         MismatchError: the optimizer does not own a gated weight, or the gates differ from the network's gate plan;
             while learning, on every rank: the ranks' weights or logits differ.
     """
@@ -78,9 +84,10 @@ class GroupLearner:
         start: Literal["clusters", "zeros"] = "clusters",
         seed: int = 0,
         *,
+        budget: Budget | None = None,
         distributed: bool = True,
     ) -> None:
-        _check_arguments(total_steps, strength, mode, lr, start)
+        check_arguments(total_steps, strength, mode, lr, start)
         if mode == "exact" and ranks.is_sharded(gm):
             raise ConfigError(
                 "GroupLearner with mode='exact' takes gradients past the hooks of fully_shard; use mode='fused', or "
@@ -88,7 +95,7 @@ class GroupLearner:
             )
         plan, self._gates = find_gates(gm)
         optimizer = stepping_optimizer(optimizer)
-        _check_optimizer(optimizer, self._gates)
+        check_optimizer(optimizer, self._gates)
         if start == "clusters":
             for gate in self._gates:
                 gate.lean_towards_clusters()
@@ -99,6 +106,7 @@ class GroupLearner:
         self.steps = 0
         self._is_shared = distributed and ranks.count() > 1
         self._gm, self._optimizer, self._config = gm, optimizer, plan.config
+        self._steering = None if budget is None else Steering(gm, budget, total_steps, self._is_shared)
         self._generator = torch.Generator().manual_seed(seed)
         self._hypergradients: list[Tensor] = []
         self._scales: dict[Any, Tensor] = {}
@@ -125,8 +133,8 @@ class GroupLearner:
 
     def stats(self) -> dict[str, float]:
         """For progress bars: steps, penalty R of the hard groups (unweighted), mean entropy of a filter's group
-        probabilities in nats (log G at the start, 0 when decided), and the norm of the last hypergradient. Of a network
-        under fully_shard, to be called on every rank."""
+        probabilities in nats (log G at the start, 0 when decided), and the norm of the last hypergradient; steered,
+        also the factor on the strength, and beta. Of a network under fully_shard, to be called on every rank."""
         penalty, entropy, filters = 0.0, 0.0, 0
         with torch.no_grad():
             for gate in self._gates:
@@ -137,7 +145,9 @@ class GroupLearner:
                 entropy -= float((logs.exp() * logs).sum())
                 filters += logits.shape[1]
         norm = math.hypot(*(float(gradient.norm()) for gradient in self._hypergradients))
-        return {"steps": self.steps, "penalty": penalty, "entropy": entropy / filters, "hypergradient": norm}
+        found = {"steps": self.steps, "penalty": penalty, "entropy": entropy / filters, "hypergradient": norm}
+        steering = self._steering
+        return found if steering is None else found | {"factor": steering.factor, "beta": steering.beta or math.nan}
 
     def state_dict(self) -> dict[str, Any]:
         """Step count, noise generator and Adam state, a copy of plain tensors and numbers; logits are in `gm`'s."""
@@ -154,17 +164,25 @@ class GroupLearner:
             "steps": self.steps,
             "generator": self._generator.get_state(),
             "layers": layers,
+            "steering": None if self._steering is None else self._steering.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict()` was taken; raises, and changes nothing, when it is of another network."""
-        if state.get("version") != _STATE_VERSION:
+        if state.get("version") not in range(1, _STATE_VERSION + 1):
             raise StorageError(
-                f"The GroupLearner state has version {state.get('version')!r}, this dspfx reads {_STATE_VERSION}; "
-                "load it with the dspfx that wrote it."
+                f"The GroupLearner state has version {state.get('version')!r}, this dspfx reads up to "
+                f"{_STATE_VERSION}; load it with the dspfx that wrote it."
             )
-        saved = state["layers"]
+        saved, steering = state["layers"], state.get("steering")
         check_saved(saved, self._gates)
+        if (steering is None) != (self._steering is None):
+            raise MismatchError(
+                f"The GroupLearner state is of a learner {'without' if steering is None else 'with'} a budget to steer "
+                f"by, this one has {'none' if self._steering is None else 'one'}; construct it as it was."
+            )
+        if self._steering is not None and steering is not None:
+            self._steering.load_state_dict(steering)
         for gate in self._gates:
             gate.steps = saved[gate.name]["steps"]
             gate.exp_avg.copy_(saved[gate.name]["exp_avg"])
@@ -210,6 +228,8 @@ class GroupLearner:
         """Samples P, takes the gradient (exact: at W'), steps the logits, penalises the hard groups; in this order."""
         tau, noise = self._config.tau, self._config.noise
         strength = self.strength * min(1.0, (self.steps + 1) / self.total_steps)
+        if self._steering is not None:
+            strength *= self._steering.adjust(self.steps)
         energies = [batch.energies() for batch in batches]
         soft = [
             grouping.sample_groups(batch.logits(), tau, noise, self._generator).to(energy.dtype)
@@ -257,41 +277,3 @@ def _compared(batches: list[GateBatch], energies: list[Tensor]) -> dict[str, Ten
         for gate, w2 in zip(batch.gates, energy, strict=True):
             found |= {f"{gate.name}.weight": w2, f"{gate.name}.gate_logits": gate.layer.gate_logits}
     return found
-
-
-def _check_arguments(total_steps: int, strength: float | str, mode: str, lr: float, start: str) -> None:
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ConfigError(
-            f"GroupLearner got total_steps={total_steps!r}; give the number of optimizer steps of the run, at least 1."
-        )
-    if mode not in ("fused", "exact"):
-        raise ConfigError(f"GroupLearner got mode={mode!r}; give 'fused' or 'exact'.")
-    if start not in ("clusters", "zeros"):
-        raise ConfigError(f"GroupLearner got start={start!r}; give 'clusters' or 'zeros'.")
-    if strength != "auto" and not (_is_number(strength) and float(strength) >= 0):
-        raise ConfigError(f"GroupLearner got strength={strength!r}; give 'auto' or a number of at least 0.")
-    if not (_is_number(lr) and lr > 0):
-        raise ConfigError(f"GroupLearner got lr={lr!r}; give a positive number (the paper uses 1e-3).")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> None:
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = [gate.name for gate in gates if gate.layer.weight.requires_grad]
-    missing = [gate.name for gate in gates if gate.layer.weight.requires_grad and id(gate.layer.weight) not in owned]
-    if missing:
-        raise MismatchError(
-            f"The optimizer does not own {missing[0] + '.weight'!r} ({len(missing)} of {len(trained)} trainable gated "
-            "weights are missing); build it from the parameters of the network that dspfx.prepare returned, or freeze "
-            "those weights with requires_grad_(False)."
-        )
-    if any(group.get("maximize") for group in optimizer.param_groups):
-        raise ConfigError("The optimizer has maximize=True; GroupLearner minimises a loss: negate it instead.")
-    if any(group.get("lr") is None for group in optimizer.param_groups):
-        raise ConfigError(
-            f"A parameter group of {type(optimizer).__name__} has no learning rate (lr is None), and GroupLearner's "
-            "penalty takes steps of that size; give the optimizer one."
-        )

@@ -18,7 +18,7 @@ LAYERS = (
     {"method", "kernels", "ranks"},
     {"graph", "modules", "norms", "forms", "grouped", "native"},
     {"passes"},
-    {"gates", "optimizers", "second_pass", "learner", "storage", "origins", "remap"},
+    {"gates", "optimizers", "second_pass", "steering", "learner_checks", "learner", "storage", "origins", "remap"},
     {"deploy"},
     {"enliven", "pipeline", "profiler", "coverage", "selfcheck", "estimate"},
     {"integrations"},

@@ -677,9 +677,9 @@ def changed_state(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     ("change", "error", "message"),
     [
         (
-            lambda s: s.update(version=2),
+            lambda s: s.update(version=3),
             StorageError,
-            "The GroupLearner state has version 2, this dspfx reads 1; load it with the dspfx that wrote it.",
+            "The GroupLearner state has version 3, this dspfx reads up to 2; load it with the dspfx that wrote it.",
         ),
         (
             lambda s: s["layers"].update(z=s["layers"].pop("b")),

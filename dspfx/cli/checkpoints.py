@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,16 +81,16 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path} cannot be read ({error}); delete it, or give another --out.") from error
 
 
-def claim_folder(out: Path, settings: dict[str, Any]) -> Path:
+def claim_folder(out: Path, settings: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> Path:
     """Makes `out` the folder of a run with these settings, or checks that it already is; returns that of checkpoints.
 
-    What a killed run left half-written there is deleted. Raises ConfigError that names the first setting in which the
-    run found there differs.
+    What a killed run left half-written there is deleted. `defaults` are those of settings that an older dspfx did not
+    know. Raises ConfigError that names the first setting in which the run found there differs.
     """
-    return Path(ranks.decided_by_first(lambda: str(_claimed(out, settings))))
+    return Path(ranks.decided_by_first(lambda: str(_claimed(out, settings, defaults))))
 
 
-def _claimed(out: Path, settings: dict[str, Any]) -> Path:
+def _claimed(out: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> Path:
     checkpoints = out / "checkpoints"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -101,12 +102,13 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Path:
         write_text(path, json.dumps(settings, indent=1))
         return checkpoints
     found = read_json(path)
+    found = {name: defaults[name] for name in settings if name in defaults and name not in found} | found
     for name in settings | found:
         if settings.get(name) != found.get(name):
             option = "--" + name.replace("_", "-")
             raise ConfigError(
-                f"--out {out} holds a run with {option} {_show(found.get(name))}, this one has {option} "
-                f"{_show(settings.get(name))}; give another --out, or delete that folder to start over."
+                f"--out {out} holds a run with {option} {show_value(found.get(name))}, this one has {option} "
+                f"{show_value(settings.get(name))}; give another --out, or delete that folder to start over."
             )
     for pattern in LEFTOVERS:
         for part in out.glob(pattern):
@@ -114,5 +116,6 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Path:
     return checkpoints
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """A setting as it stands on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -13,11 +13,16 @@ from torch.optim import SGD
 
 import dspfx
 from dspfx import ranks
-from dspfx.cli import models, report
+from dspfx.cli import forks, models, report
+from dspfx.cli.arguments import DEFAULTS, add_arguments
 from dspfx.cli.checkpoints import claim_folder, load_state, save_state, write_atomically, write_text
 from dspfx.cli.data import Data, load_data
-from dspfx.cli.options import Machine, Settings, add_arguments, read_settings, set_machine
-from dspfx.cli.training import Progress, Trainer, evaluate, recalibrate, say
+from dspfx.cli.distill import Teacher
+from dspfx.cli.machine import Machine, set_machine
+from dspfx.cli.options import Settings, read_settings
+from dspfx.cli.scoring import evaluate, recalibrate, say
+from dspfx.cli.training import Progress, Trainer
+from dspfx.config import Budget
 from dspfx.deploy.benchmark import Results
 from dspfx.deploy.compete import Contest
 from dspfx.errors import MismatchError
@@ -29,9 +34,8 @@ TOLERANCE = 1e-4  # of the output's scale, between pruned and lowered in float32
 DESCRIPTION = """\
 Makes a convolutional network smaller and faster: trains or loads it, learns which filters belong together, prunes to a
 budget, fine-tunes, and lowers the result to plain torch modules, in the form that is fastest in the runtime it is for.
-Started again, the same command goes on from the last
-finished epoch. torchrun --nproc-per-node N -m dspfx compress ... trains with N processes, each on its part of every
-batch."""
+Started again, the same command goes on from the last finished epoch. torchrun --nproc-per-node N -m dspfx compress ...
+trains with N processes, each on its part of every batch. docs/training.md has recipes."""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,10 +53,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(settings: Settings, machine: Machine, out: Path) -> None:
-    checkpoints = claim_folder(out, settings.flat())
+    checkpoints = claim_folder(out, settings.flat(), DEFAULTS)
     if (out / report.FILE).exists():
         say(f"This run is finished; give another --out to run again.\n{report.show(out)}")
         return
+    if settings.fork is not None:
+        forks.take_over(settings.fork, (settings.stage("dense"), settings.stage("learn")), checkpoints)
     data = load_data(settings.data, models.default_image_size(settings.model), machine.device, machine.workers)
     say(f"{len(data.train)} training and {len(data.val)} validation images of {data.image_size} pixels; {machine}")
     trainer = Trainer(settings.recipe, data.train, data.val, checkpoints)
@@ -68,8 +74,7 @@ def _run(settings: Settings, machine: Machine, out: Path) -> None:
     curves = {"dense": train_dense(dense, settings, trainer)}
     gm = dspfx.prepare(dense, example, settings.gates)
     curves["learn"] = learn(gm, settings, trainer)
-    plan = prune(gm, single, settings, trainer)
-    curves["tune"] = tune(gm, settings, trainer)
+    plan, curves["tune"] = prune_and_tune(gm, dense, single, settings, trainer)
     controls: dict[str, nn.Module] = {}
     if settings.dense_control:
         controls["control"], curves["control"] = train_control(dense, settings, trainer)
@@ -101,7 +106,7 @@ def rehearse(dense: nn.Module, example: Tensor, single: Tensor, settings: Settin
             f"Can this network reach {latency:.1%} of its time on {settings.runtime}? Tried before training; "
             "its layers are measured once on a machine."
         )
-    plan = prune_to_budget(gm, single, settings)
+    plan = prune_to_budget(gm, single, settings.budget, settings)
     if latency is not None:
         say(f"It can: {plan.latency_left:.1%} was measured, with {plan.flops_left:.1%} of the FLOPs.")
     if ranks.rank() == 0:
@@ -110,8 +115,9 @@ def rehearse(dense: nn.Module, example: Tensor, single: Tensor, settings: Settin
 
 def make_learner(gm: nn.Module, optimizer: SGD, steps: int, settings: Settings) -> dspfx.GroupLearner:
     """The learner that the settings ask for."""
+    strength = "auto" if settings.strength == "steered" else settings.strength
     return dspfx.GroupLearner(
-        gm, optimizer, steps, strength=settings.strength, mode=settings.mode, seed=settings.recipe.seed
+        gm, optimizer, steps, strength, settings.mode, seed=settings.recipe.seed, budget=settings.steered_by
     )
 
 
@@ -128,16 +134,18 @@ def learn(gm: nn.Module, settings: Settings, trainer: Trainer) -> Progress:
     if stage.epochs == 0:
         return Progress()
     optimizer, steps = trainer.optimizer(gm), stage.epochs * trainer.steps
+    if settings.fork is not None:
+        return trainer.fit(gm, optimizer, stage)  # all its epochs are found, and a learner's budget was another one
     with make_learner(gm, optimizer, steps, settings) as learner:
         return trainer.fit(gm, optimizer, stage, learner)
 
 
-def prune_to_budget(gm: nn.Module, single: Tensor, settings: Settings) -> PrunePlan:
+def prune_to_budget(gm: nn.Module, single: Tensor, budget: Budget, settings: Settings) -> PrunePlan:
     """Prunes `gm` in place; a latency is that of one image, with the threads that PyTorch has now."""
     device = next(gm.parameters()).device
     plan = dspfx.prune(
         gm.to(single.device),
-        settings.budget,
+        budget,
         example_inputs=single,
         runtime=settings.runtime,
         threads=torch.get_num_threads(),
@@ -146,9 +154,24 @@ def prune_to_budget(gm: nn.Module, single: Tensor, settings: Settings) -> PruneP
     return plan
 
 
-def prune(gm: nn.Module, single: Tensor, settings: Settings, trainer: Trainer) -> PrunePlan:
+def prune_and_tune(
+    gm: nn.Module, dense: nn.Module, single: Tensor, settings: Settings, trainer: Trainer
+) -> tuple[PrunePlan, Progress]:
+    """Prunes `gm` and fine-tunes what is left, in as many cycles as asked for; (the last plan, the joint curve).
+
+    What was pruned stays zero. Each cycle begins with the best weights of the one before, and with a new optimizer.
+    """
+    teacher = Teacher(dense, settings.distill) if settings.distill.share > 0 else None
+    whole = Progress()
+    for budget, stage in settings.tuning():
+        plan = prune(gm, single, budget, f"{stage.name.replace('tune', 'pruned')}.pt", settings, trainer)
+        whole.curve += trainer.fit(gm, trainer.optimizer(gm), stage, teacher=teacher).curve
+    return plan, whole
+
+
+def prune(gm: nn.Module, single: Tensor, budget: Budget, file: str, settings: Settings, trainer: Trainer) -> PrunePlan:
     """Prunes `gm` to the budget and re-calibrates its batch norms, or repeats what an earlier start decided."""
-    path = trainer.folder / "pruned.pt"
+    path = trainer.folder / file
     state = load_state(path)
     if state is not None:
         gm.load_state_dict(state["model"])
@@ -157,18 +180,13 @@ def prune(gm: nn.Module, single: Tensor, settings: Settings, trainer: Trainer) -
         describe_parts(gm.to(single.device), single)  # which pruning does too: the saved network remembers its inputs
         gm.to(device)
     else:
-        plan = prune_to_budget(gm, single, settings)
+        plan = prune_to_budget(gm, single, budget, settings)
         recalibrate(gm, trainer.train, settings.recipe.batch_size)
         ranks.copy_from_first(gm.buffers())
         save_state(path, {"model": gm.state_dict(), "plan": plan.to_json()})
     say(str(plan))
     say(f"pruned: validation {evaluate(gm, trainer.val, settings.recipe.batch_size)}")
     return plan
-
-
-def tune(gm: nn.Module, settings: Settings, trainer: Trainer) -> Progress:
-    """Fine-tunes what is left; what was pruned stays zero."""
-    return trainer.fit(gm, trainer.optimizer(gm), settings.stage("tune"))
 
 
 def train_control(dense: nn.Module, settings: Settings, trainer: Trainer) -> tuple[nn.Module, Progress]:

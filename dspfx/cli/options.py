@@ -1,24 +1,19 @@
-"""What `python -m dspfx compress` can be told, checked and completed with defaults."""
+"""What `python -m dspfx compress` was told, checked and completed with defaults."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
-import torch
-
-from dspfx.cli import data, models
+from dspfx.cli import forks, models
+from dspfx.cli.arguments import DEFAULTS, share
 from dspfx.cli.data import DataConfig
+from dspfx.cli.distill import Distill
 from dspfx.cli.training import Recipe, Stage
 from dspfx.config import Budget, GateConfig
-from dspfx.deploy.runtimes import RUNTIMES, find_runtime
+from dspfx.deploy.runtimes import find_runtime
 from dspfx.errors import ConfigError
-
-Value = TypeVar("Value", int, float)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -35,23 +30,16 @@ class Epochs:
                 raise ConfigError(f"--epochs-{field.name} is {getattr(self, field.name)}; give 0 or more.")
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What depends on the data."""
-
-    epochs: Epochs
-    batch_size: int
-    lr_tune: float
-
-
-QUICK = Defaults(Epochs(dense=10, learn=6, tune=10), batch_size=64, lr_tune=0.1)  # digits: minutes on two cores
-FULL = Defaults(Epochs(dense=120, learn=60, tune=60), batch_size=128, lr_tune=0.05)
+# What depends on the data; digits take minutes on two cores.
+QUICK = {"epochs_dense": 10, "epochs_learn": 6, "epochs_tune": 10, "batch_size": 64, "lr_tune": 0.1}
+FULL = {"epochs_dense": 120, "epochs_learn": 60, "epochs_tune": 60, "batch_size": 128, "lr_tune": 0.05}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that the numbers of a run depend on, the machine excepted; a run resumes only with the same ones."""
 
+    fork: str | None
     model: str
     checkpoint: str | None
     data: DataConfig
@@ -59,11 +47,13 @@ class Settings:
     epochs: Epochs
     lr: float
     lr_tune: float
+    cycles: int
+    distill: Distill
     gates: GateConfig
     budget: Budget
     runtime: str
     mode: Literal["fused", "exact"]
-    strength: float | Literal["auto"]
+    strength: float | Literal["auto", "steered"]
     one_shot: bool
     dense_control: bool
 
@@ -78,16 +68,58 @@ class Settings:
                 "--dense-control trains the dense network as long as the pruned one, and --one-shot trains none; "
                 "leave one of them out."
             )
+        if self.cycles < 1 or (self.cycles > 1 and self.epochs.tune < self.cycles):
+            raise ConfigError(
+                f"--cycles is {self.cycles}, with {self.epochs.tune} epochs of fine-tuning; give at least 1, and an "
+                "epoch (--epochs-tune) for each."
+            )
+        if self.distill.share > 0 and self.epochs.tune == 0:
+            raise ConfigError("--distill is for fine-tuning, and there is none; give --epochs-tune, or leave it out.")
+        if self.distill.share > 0 and not self.is_dense_trained:
+            raise ConfigError(
+                "--distill needs a trained dense network to learn from, and this one is random; give --checkpoint or "
+                "--epochs-dense."
+            )
+
+        if self.strength == "steered" and self.steered_by is None and self.fork is None:
+            raise ConfigError("--strength steered needs flops or params in --budget to steer by; add one of them.")
+
+    @property
+    def steered_by(self) -> Budget | None:
+        """What the strength is steered by: of the budget, what is counted and not measured."""
+        counted = self.budget.flops is not None or self.budget.params is not None
+        return replace(self.budget, latency=None) if counted and self.strength == "steered" else None
+
+    @property
+    def is_dense_trained(self) -> bool:
+        """False where the dense network is one of random weights."""
+        return self.checkpoint is not None or self.epochs.dense > 0
 
     def stage(self, name: str) -> Stage:
-        """The stage called dense, learn, tune or control; control sees what learn and then tune see."""
-        learn, tune = (self.epochs.learn, self.lr), (self.epochs.tune, self.lr_tune)
+        """The stage called dense, learn or control; control sees what learning and then fine-tuning see."""
+        learn = (self.epochs.learn, self.lr)
+        tuning = tuple(cycle for _, stage in self.tuning() for cycle in stage.cycles)
         return {
             "dense": Stage("dense", ((self.epochs.dense, self.lr),)),
             "learn": Stage("learn", (learn,), keep="last"),
-            "tune": Stage("tune", (tune,), first_epoch=self.epochs.learn),
-            "control": Stage("control", (learn, tune)),
+            "control": Stage("control", (learn, *tuning)),
         }[name]
+
+    def tuning(self) -> list[tuple[Budget, Stage]]:
+        """(what to prune to, the epochs that follow) for each cycle.
+
+        The budgets fall geometrically from 1 to the one asked for: every cycle takes the same share of what the one
+        before has left. Epochs that do not divide go to the last cycles, which have the most to repair.
+        """
+        found, first = [], self.epochs.learn
+        for number in range(1, self.cycles + 1):
+            shares = {name: value ** (number / self.cycles) for name, value in asdict(self.budget).items() if value}
+            budget = self.budget if number == self.cycles else Budget(**shares)
+            epochs = (self.epochs.tune + number - 1) // self.cycles
+            name = "tune" if self.cycles == 1 else f"tune-{number}"
+            found.append((budget, Stage(name, ((epochs, self.lr_tune),), first_epoch=first)))
+            first += epochs
+        return found
 
     def flat(self) -> dict[str, Any]:
         """Option -> value, for the files of a run."""
@@ -99,6 +131,8 @@ class Settings:
                 result["budget"] = [f"{what}={share}" for what, share in value.items() if share is not None]
             elif name == "gates":
                 result["groups"] = value["groups"]
+            elif name == "distill":
+                result |= {"distill": value["share"], "temperature": value["temperature"]}
             elif name in ("data", "recipe"):
                 result |= value
             else:
@@ -107,168 +141,42 @@ class Settings:
         return result
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where a run takes place; may change between one start and the next."""
-
-    device: torch.device
-    workers: int
-
-    def timed_on(self, runtime: str) -> torch.device:
-        """Where networks are timed: on this device, or on the one that the runtime is for."""
-        devices = find_runtime(runtime).devices
-        return self.device if not devices or self.device.type in devices else torch.device(devices[0])
-
-    def __str__(self) -> str:
-        return f"device {self.device}, CPU threads: {torch.get_num_threads()}"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares every option of `compress`."""
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", default="resnet20", help=f"{models.HELP} (default: %(default)s)")
-    what.add_argument("--data", default="digits", help=f"{data.HELP} (default: %(default)s)")
-    what.add_argument("--checkpoint", metavar="FILE", help="trained weights: safetensors, or a torch.save'd state_dict")
-    what.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results and checkpoints")
-    how = parser.add_argument_group("how far and how")
-    how.add_argument(
-        "--budget",
-        nargs="+",
-        type=share,
-        default=[("flops", 0.35)],
-        metavar="WHAT=SHARE",
-        help="what remains of the dense network, all that are given at once: flops=0.35, params=0.5, latency=0.5 "
-        "(measured, on --runtime) (default: flops=0.35)",
-    )
-    how.add_argument(
-        "--runtime",
-        default="eager",
-        help=f"where the network is to be fast at batch 1: {', '.join(RUNTIMES)} (default: %(default)s)",
-    )
-    how.add_argument("--groups", type=int, default=4, help="groups a convolution (default: %(default)s)")
-    how.add_argument("--mode", choices=("fused", "exact"), default="fused", help="how groups learn (default: fused)")
-    how.add_argument("--strength", type=_strength, default="auto", help="of the group regulariser (default: auto)")
-    how.add_argument("--one-shot", action="store_true", help="no learning, no fine-tuning: cluster, prune, recalibrate")
-    how.add_argument(
-        "--dense-control", action="store_true", help="also train the dense network for as many epochs, to compare"
-    )
-    train = parser.add_argument_group("training")
-    train.add_argument(
-        "--epochs-dense",
-        type=int,
-        metavar="N",
-        help="before learning (default: 0 with --checkpoint, digits 10, otherwise 120)",
-    )
-    train.add_argument(
-        "--epochs-learn", type=int, metavar="N", help="learning groups (default: digits 6, otherwise 60)"
-    )
-    train.add_argument(
-        "--epochs-tune", type=int, metavar="N", help="fine-tuning what is left (default: digits 10, otherwise 60)"
-    )
-    train.add_argument("--batch-size", type=int, help="(default: digits 64, otherwise 128)")
-    train.add_argument("--lr", type=float, default=0.05, help="dense training and learning (default: %(default)s)")
-    train.add_argument("--lr-tune", type=float, help="fine-tuning (default: digits 0.1, otherwise 0.05)")
-    train.add_argument("--weight-decay", type=float, default=5e-4, help="(default: %(default)s)")
-    train.add_argument("--label-smoothing", type=float, default=0.0, help="(default: %(default)s)")
-    train.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
-    images = parser.add_argument_group("images")
-    images.add_argument("--limit-train", type=int, metavar="N", help="use N training images, validation included")
-    images.add_argument("--val-fraction", type=float, default=0.1, help="held out of train (default: %(default)s)")
-    images.add_argument("--image-size", type=int, help="(default: as they are up to 64 pixels, else the network's)")
-    images.add_argument(
-        "--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="of the colours (default: ImageNet's)"
-    )
-    images.add_argument("--std", type=float, nargs=3, default=IMAGENET_STD, help="of the colours (default: ImageNet's)")
-    images.add_argument(
-        "--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror training images (never digits)"
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    machine.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
-    machine.add_argument("--workers", type=int, default=2, help="processes that decode large images (default: 2)")
-
-
 def read_settings(args: argparse.Namespace) -> Settings:
     """The checked settings; raises ConfigError or BudgetError that names the option."""
-    default = QUICK if args.data == "digits" else FULL
-    data_config = DataConfig(
-        spec=args.data,
-        image_size=args.image_size,
-        mean=tuple(args.mean),
-        std=tuple(args.std),
-        flip=args.flip,
-        limit_train=args.limit_train,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
-    )
-    batch_size = _given(args.batch_size, default.batch_size)
-    epochs = Epochs(
-        dense=_given(args.epochs_dense, 0 if args.checkpoint else default.epochs.dense),
-        learn=0 if args.one_shot else _given(args.epochs_learn, default.epochs.learn),
-        tune=0 if args.one_shot else _given(args.epochs_tune, default.epochs.tune),
-    )
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if "fork" in given:
+        found = DEFAULTS | forks.inherited(given) | given
+    else:
+        found = DEFAULTS | (QUICK if given.get("data", DEFAULTS["data"]) == "digits" else FULL) | given
+        if found["checkpoint"] is not None and "epochs_dense" not in given:
+            found["epochs_dense"] = 0
+        if found["one_shot"]:
+            found["epochs_learn"] = 0
     return Settings(
-        model=args.model,
-        checkpoint=args.checkpoint,
-        data=data_config,
-        recipe=Recipe(batch_size, args.weight_decay, args.label_smoothing, args.seed),
-        epochs=epochs,
-        lr=args.lr,
-        lr_tune=_given(args.lr_tune, default.lr_tune),
-        gates=GateConfig(groups=args.groups),
-        budget=Budget(**dict(args.budget)),
-        runtime=args.runtime,
-        mode=args.mode,
-        strength=args.strength,
-        one_shot=args.one_shot,
-        dense_control=args.dense_control,
+        fork=found["fork"],
+        model=found["model"],
+        checkpoint=found["checkpoint"],
+        data=DataConfig(
+            spec=found["data"],
+            image_size=found["image_size"],
+            mean=tuple(found["mean"]),
+            std=tuple(found["std"]),
+            flip=found["flip"],
+            limit_train=found["limit_train"],
+            val_fraction=found["val_fraction"],
+            seed=found["seed"],
+        ),
+        recipe=Recipe(found["batch_size"], found["weight_decay"], found["label_smoothing"], found["seed"]),
+        epochs=Epochs(found["epochs_dense"], found["epochs_learn"], 0 if found["one_shot"] else found["epochs_tune"]),
+        lr=found["lr"],
+        lr_tune=found["lr_tune"],
+        cycles=found["cycles"],
+        distill=Distill(found["distill"], found["temperature"]),
+        gates=GateConfig(groups=found["groups"]),
+        budget=Budget(**dict(share(part) if isinstance(part, str) else part for part in found["budget"])),
+        runtime=found["runtime"],
+        mode=found["mode"],
+        strength=found["strength"],
+        one_shot=found["one_shot"],
+        dense_control=found["dense_control"],
     )
-
-
-def set_machine(args: argparse.Namespace) -> Machine:
-    """Sets the number of threads and picks the device; raises ConfigError for a device that is not there."""
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ConfigError(f"--threads is {args.threads}; give at least 1.")
-        torch.set_num_threads(args.threads)
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        if device.index is not None:
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--device {name} cannot be used ({reason}); give cpu, or cuda where there is one."
-        ) from error
-    return Machine(device, args.workers)
-
-
-def _given(value: Value | None, default: Value) -> Value:
-    return default if value is None else value
-
-
-def share(text: str) -> tuple[str, float]:
-    """The type of --budget: (field of Budget, its value)."""
-    name, _, value = text.partition("=")
-    known = [field.name for field in fields(Budget)]
-    try:
-        if name in known:
-            return name, float(value)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no budget; give {' or '.join(f'{name}=0.35' for name in known)}")
-
-
-def _strength(text: str) -> float | str:
-    if text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor a number") from None

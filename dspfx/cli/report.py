@@ -11,8 +11,9 @@ from tabulate import tabulate
 
 from dspfx.cli import record
 from dspfx.cli.checkpoints import read_json, write_text
-from dspfx.cli.options import Machine, Settings
-from dspfx.cli.training import Score
+from dspfx.cli.machine import Machine
+from dspfx.cli.options import Settings
+from dspfx.cli.scoring import Score
 from dspfx.deploy.compete import Contest
 from dspfx.deploy.runtimes import describe_runtime
 from dspfx.plans import PrunePlan
@@ -112,6 +113,10 @@ def show(out: Path) -> str:
         f"Lowered: {contest['winner']}, of {len(contest['results'])} forms of the network that were timed there.",
         f"The network is {out / 'network.safetensors'} (for dspfx.load), all numbers are in {out / FILE}.",
     ]
+    if content["arguments"].get("fork") is not None:
+        notes.insert(1, f"The dense and the learned network are those of {content['arguments']['fork']} (--fork).")
+    if not content["arguments"]["checkpoint"] and not content["arguments"]["epochs_dense"]:
+        notes.insert(1, "The dense network was never trained: groups were learned from scratch, or not at all.")
     if limit is not None:
         notes.insert(1, f"Trained on {limit} images only (--limit-train).")
     return "\n".join([table, *notes])

@@ -6,11 +6,8 @@ Under torchrun every process trains on its part of each batch, and all of them h
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
-from tqdm import tqdm
 
 import dspfx
 from dspfx import ranks
 from dspfx.cli.checkpoints import load_state, save_state
-from dspfx.cli.images import Batch, Split
+from dspfx.cli.distill import Teacher
+from dspfx.cli.images import Split
+from dspfx.cli.scoring import Score, Tally, evaluate, progress_bar, say
 from dspfx.errors import ConfigError, ModelError
 
 AUXILIARY_WEIGHT = 0.3  # of the heads that googlenet and inception_v3 add in training
@@ -92,18 +90,6 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Score:
-    """Mean cross entropy, share of right answers, number of images."""
-
-    loss: float
-    accuracy: float
-    images: int
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, accuracy {self.accuracy:.2%}"
-
-
-@dataclass(frozen=True)
 class Trainer:
     """Trains networks on one pair of splits; a checkpoint `STAGE.pt` in `folder` follows every epoch."""
 
@@ -122,7 +108,12 @@ class Trainer:
         return SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=self.recipe.weight_decay)
 
     def fit(
-        self, model: nn.Module, optimizer: SGD, stage: Stage, learner: dspfx.GroupLearner | None = None
+        self,
+        model: nn.Module,
+        optimizer: SGD,
+        stage: Stage,
+        learner: dspfx.GroupLearner | None = None,
+        teacher: Teacher | None = None,
     ) -> Progress:
         """Trains `model` in place from the stage's last finished epoch on; raises ModelError when the loss diverges."""
         path = self.folder / f"{stage.name}.pt"
@@ -136,7 +127,7 @@ class Trainer:
             progress = Progress(**state["progress"])
             say(f"{stage.name}: {len(progress.curve)} of {stage.epochs} epochs found in {path}")
         for epoch in range(len(progress.curve), stage.epochs):
-            self._epoch(model, optimizer, stage, epoch, learner, progress)
+            self._epoch(model, optimizer, stage, epoch, learner, teacher, progress)
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -155,11 +146,12 @@ class Trainer:
         stage: Stage,
         epoch: int,
         learner: dspfx.GroupLearner | None,
+        teacher: Teacher | None,
         progress: Progress,
     ) -> None:
         """One epoch and its validation, appended to `progress`."""
         started = time.perf_counter()
-        trained = self._train(model, optimizer, stage, epoch, learner)
+        trained = self._train(model, optimizer, stage, epoch, learner, teacher)
         ranks.copy_from_first(model.buffers())  # the last batch's statistics are each rank's own
         if not math.isfinite(trained.loss):
             raise ModelError(
@@ -187,7 +179,13 @@ class Trainer:
         )
 
     def _train(
-        self, model: nn.Module, optimizer: SGD, stage: Stage, epoch: int, learner: dspfx.GroupLearner | None
+        self,
+        model: nn.Module,
+        optimizer: SGD,
+        stage: Stage,
+        epoch: int,
+        learner: dspfx.GroupLearner | None,
+        teacher: Teacher | None,
     ) -> Score:
         seed = self.recipe.seed * 100_003 + stage.first_epoch + epoch
         torch.manual_seed(seed)  # dropout and the like: an epoch is a function of the seed and its number alone
@@ -199,15 +197,24 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr(epoch + step / self.steps)
             optimizer.zero_grad()
-            loss, logits = self._loss(call, images, labels)
+            loss, logits = self._taught(call, teacher, images, labels)
             loss.backward()
             optimizer.step()
             if learner is not None and learner.mode == "exact":
-                learner.step(lambda images=images, labels=labels: self._loss(call, images, labels)[0])  # type: ignore[misc]
+                learner.step(lambda x=images, y=labels: self._taught(call, teacher, x, y)[0])  # type: ignore[misc]
             tally.add(loss, logits, labels)
             if step % 20 == 19 and not bar.disable:  # reading the loss waits for the device
                 bar.set_postfix_str(str(tally.score()))
         return tally.joint()
+
+    def _taught(
+        self, model: nn.Module, teacher: Teacher | None, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, of whose cross entropy a teacher has its share if there is one, and the main logits."""
+        loss, logits = self._loss(model, images, labels)
+        if teacher is not None:
+            loss = loss + teacher.share * (teacher.divergence(logits, images) - self._cross_entropy(logits, labels))
+        return loss, logits
 
     def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, auxiliary heads included, and the main logits."""
@@ -222,76 +229,3 @@ class Trainer:
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-
-
-class Tally:
-    """Sums of loss and right answers, kept on the device until they are asked for."""
-
-    def __init__(self) -> None:
-        self.loss: Tensor | float = 0.0
-        self.right: Tensor | int = 0
-        self.images = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Counts a batch with its mean loss."""
-        self.loss = self.loss + loss.detach().double() * len(labels)
-        self.right = self.right + (logits.argmax(1) == labels).sum()
-        self.images += len(labels)
-
-    def score(self) -> Score:
-        """The means so far, of this process's images."""
-        return Score(float(self.loss) / self.images, int(self.right) / self.images, self.images)
-
-    def joint(self) -> Score:
-        """The means over all processes, which all have to ask."""
-        device = self.loss.device if isinstance(self.loss, Tensor) else torch.device("cpu")
-        sums = torch.tensor([float(self.loss), int(self.right), self.images], dtype=torch.float64, device=device)
-        loss, right, images = ranks.total(sums).tolist()
-        return Score(loss / images, right / images, int(images))
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, split: Split, batch_size: int) -> Score:
-    """The score of `model` over a split in eval mode and full precision; leaves it in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    tally = Tally()
-    steps = -(-len(split) // batch_size)
-    part = ranks.rank(), ranks.count()
-    for images, labels in progress_bar(split.in_order(batch_size, part), steps, "evaluating"):
-        logits = model(images)
-        tally.add(F.cross_entropy(logits, labels), logits, labels)
-    model.train(was_training)
-    return tally.joint()
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, split: Split, batch_size: int, batches: int = 20) -> None:
-    """Afterwards the batch norms hold the statistics of the first images of `split`, everything else is as it was."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
-    before = [(norm.training, norm.momentum) for norm in norms]
-    was_training = model.training
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over batches
-        norm.train()
-    for images, _ in islice(split.in_order(batch_size), batches):
-        model(images)
-    model.train(was_training)
-    for norm, (training, momentum) in zip(norms, before, strict=True):
-        norm.momentum = momentum
-        norm.train(training)
-
-
-def progress_bar(batches: Iterator[Batch], steps: int, title: str) -> tqdm[Batch]:
-    """A bar on a terminal, nothing elsewhere: a log gets the one line an epoch that `say` prints."""
-    return tqdm(batches, total=steps, desc=title, leave=False, disable=not sys.stderr.isatty() or ranks.rank() > 0)
-
-
-def say(line: str) -> None:
-    """Prints a line at once, above any progress bar; of several processes the first one does."""
-    if ranks.rank() == 0:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()

@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 
-from dspfx.cli.options import Epochs, Machine, Settings, add_arguments, read_settings, set_machine
+from dspfx.cli.arguments import add_arguments
+from dspfx.cli.machine import Machine, set_machine
+from dspfx.cli.options import Epochs, Settings, read_settings
 from dspfx.cli.training import Stage
 from dspfx.config import Budget
 from dspfx.errors import BudgetError, ConfigError, DspfxError
@@ -62,7 +64,7 @@ def test_networks_are_timed_where_the_runtime_is_for() -> None:
 def test_control_repeats_learning_and_tuning() -> None:
     found = settings("--epochs-learn 3 --epochs-tune 4 --lr 0.1 --lr-tune 0.01")
     assert found.stage("learn") == Stage("learn", ((3, 0.1),), keep="last")
-    assert found.stage("tune") == Stage("tune", ((4, 0.01),), first_epoch=3)
+    assert found.tuning() == [(found.budget, Stage("tune", ((4, 0.01),), first_epoch=3))]
     assert found.stage("control") == Stage("control", ((3, 0.1), (4, 0.01)))
 
 
@@ -107,7 +109,7 @@ def test_bad_settings_are_explained(line: str, kind: type[DspfxError], message: 
             "--budget speed=0.5",
             "argument --budget: 'speed=0.5' is no budget; give flops=0.35 or params=0.35 or latency=0.35",
         ),
-        ("--strength much", "argument --strength: 'much' is neither 'auto' nor a number"),
+        ("--strength much", "argument --strength: 'much' is neither 'auto', 'steered' nor a number"),
     ],
 )
 def test_unreadable_options_are_explained(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dspfx.cli.checkpoints import claim_folder, load_state, save_state
 from dspfx.cli.images import Look, MemorySplit
-from dspfx.cli.training import Recipe, Stage, Tally, Trainer, evaluate, recalibrate
+from dspfx.cli.scoring import Tally, evaluate, recalibrate
+from dspfx.cli.training import Recipe, Stage, Trainer
 from dspfx.errors import ConfigError, ModelError, StorageError
 
 STAGE = Stage("dense", ((3, 0.1), (2, 0.05)))

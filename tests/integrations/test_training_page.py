@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ def assert_small(gm: Any, small: Any) -> None:
 
 def test_every_recipe_is_run() -> None:
     found = {title: len(blocks) for title, blocks in recipes().items() if blocks}
-    assert found == {"Plain PyTorch": 2, "Lightning": 1, "Accelerate": 1, "Hugging Face's Trainer": 1, "timm": 1}
+    loops = {"Plain PyTorch": 2, "Lightning": 1, "Accelerate": 1, "Hugging Face's Trainer": 1, "timm": 1}
+    assert found == loops | {"Recipes": 3}
 
 
 def test_plain(user: dict[str, Any]) -> None:
@@ -60,6 +62,18 @@ def test_plain(user: dict[str, Any]) -> None:
     assert_small(names["gm"], names["small"])
     saved = torch.load("last.pt", weights_only=True)
     assert saved["learner"]["steps"] == EPOCHS * loops.STEPS
+
+
+def test_recipes_after_learning(user: dict[str, Any]) -> None:
+    x, y = loops.batch(0)
+    gm = dspfx.prepare(user["network"], x)
+    names = follow_page("Recipes", user | {"gm": gm, "x": x, "y": y, "copy": copy, "cycles": 3})
+    names["loss"].backward()
+    assert all(p.grad is None for p in user["network"].parameters())
+    left = {share: dspfx.profile(dspfx.lower(fork), x).flops for share, fork in names["halves"].items()}
+    assert left[0.5] < left[0.7] < dspfx.profile(user["network"], x).flops
+    assert 0.4 < names["plan"].flops_left <= 0.5
+    assert_small(gm, dspfx.lower(gm))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
