@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import random
 import re
@@ -170,7 +171,7 @@ def test_strings_in_arguments_stay_strings(path: Path) -> None:
     first[3] = [hostile]  # a default value, which stands in the signature
     save_file(load_file(path), path, metadata(path) | {"network": json.dumps(data)})
     loaded = dspfx.load(path)
-    assert loaded.forward.__defaults__ == (hostile,)
+    assert [p.default for p in inspect.signature(loaded.forward).parameters.values()] == [hostile]
     assert [n.args for n in loaded.graph.nodes if n.name == "note"] == [(True, hostile)]
     assert loaded(torch.ones(1, 3, 2, 2)).shape == (1, 8)
 

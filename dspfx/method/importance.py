@@ -27,7 +27,7 @@ class Fisher:
         return rows * (filters / rows.sum(1).clamp(min=1e-300))[:, None]
 
 
-def resolve(importance: str | Importance, is_weighed: bool) -> Importance | Fisher:
+def resolve(importance: str | Importance, is_weighed: bool = False) -> Importance | Fisher:
     """What a name stands for, or the user's own function: weight [O, C, *kernel] -> energy [O, C], >= 0.
 
     "l2" is the squared Frobenius norm of each kernel, the paper's; "fisher" is what learning found, and "auto" is that

@@ -123,7 +123,8 @@ def test_nothing_but_gated_weights_differ_from_the_loop_without_a_learner() -> N
         layer.name
         for layer in dspfx.prepare(timm.create_model("test_resnet"), loops.batch(0)[0]).meta["gate_plan"].layers
     }
-    assert changed == {f"{name}.{key}" for name in gated for key in ("weight", "gate_logits")}
+    own = ("weight", "gate_logits", "gate_fisher", "gate_filter_fisher")
+    assert changed == {f"{name}.{key}" for name in gated for key in own}
 
 
 NAMES = ["adamw", "lamb", "lars", "nadamw", "rmsproptf", "lion", "adopt", "muon", "lookahead_sgd", "adafactor"]

@@ -13,7 +13,7 @@ from dspfx.method.importance import Fisher, cumulative_share, group_energy, reso
 
 def test_l2_is_the_squared_norm_of_each_kernel() -> None:
     weight = torch.randn(3, 4, 2, 5, dtype=torch.float64)
-    energy = resolve("l2", False)(weight)
+    energy = kernel_energy(weight)
     for o in range(3):
         for c in range(4):
             expected = sum(float(v) ** 2 for v in weight[o, c].flatten())

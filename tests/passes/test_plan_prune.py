@@ -252,7 +252,7 @@ def test_what_learning_found_goes_by_its_loss_for_the_work_it_saves(counted: str
     model = nn.Sequential(*wide, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
     gm = prepare(model, torch.zeros(2, 3, 8, 8), GateConfig(groups=2))
     generator = torch.Generator().manual_seed(0)
-    prices = {}
+    prices: dict[tuple[str, int, int], float] = {}
     for name, positions, kernel in (("1", 64, 9), ("3", 16, 1), ("4", 16, 1)):
         gate = gm.get_submodule(name)
         assert isinstance(gate, GatedConv2d)
