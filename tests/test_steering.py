@@ -51,7 +51,8 @@ def train(gm: nn.Module, optimizer: torch.optim.Optimizer, learner: GroupLearner
 
 
 def steered(gm: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> GroupLearner:
-    return GroupLearner(gm, optimizer, STEPS, **{"budget": BUDGET, "strength": 0.01, "lr": 0.05} | more)
+    options: dict[str, Any] = {"budget": BUDGET, "strength": 0.01, "lr": 0.05} | more
+    return GroupLearner(gm, optimizer, STEPS, **options)
 
 
 # The rule
@@ -154,7 +155,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mode: str) -> Non
         optimizer = sgd(again)
         with steered(again, optimizer, mode=mode) as learner:
             for part, state in zip((again, optimizer, learner), saved, strict=True):
-                part.load_state_dict(state)  # type: ignore[attr-defined]
+                part.load_state_dict(state)
             assert train(again, optimizer, learner, range(cut, 35)) == expected[cut:]
         assert all(torch.equal(value, again.state_dict()[key]) for key, value in whole.state_dict().items())
 
