@@ -50,3 +50,19 @@ def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     found = torchrun("--out", str(tmp_path / "out"), *DATA, "--batch-size", "33")
     assert found.returncode != 0
     assert "--batch-size is 33, of all 2 processes together; give a multiple of 2" in found.stderr
+
+
+def test_two_processes_are_steered_and_their_fork_is_taught_in_cycles(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    found = torchrun("--out", str(source), *DATA, *EPOCHS, "--strength", "steered", "--batch-size", "32")
+    assert found.returncode == 0, found.stderr
+    recipe = ["--cycles", "2", "--epochs-tune", "2", "--distill", "0.5", "--budget", "flops=0.5"]
+    found = torchrun("--fork", str(source), "--out", str(out), "--threads", "1", "--device", "cpu", *recipe)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("learn: 1 of 1 epochs found in") == 1
+    assert found.stdout.count("tune-2 1/1") == 1
+    results, before = (json.loads((folder / "results.json").read_text()) for folder in (out, source))
+    assert results["curves"]["learn"] == before["curves"]["learn"]
+    assert 0.4 < results["left"]["flops"] <= 0.5
+    refused = torchrun("--fork", str(source), "--out", str(out), *DATA, *recipe, "--groups", "2")
+    assert f"--fork {source} has learned with --groups 4, this run has --groups 2" in refused.stderr

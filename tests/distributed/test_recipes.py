@@ -27,12 +27,12 @@ def train() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     images = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
     look = Look(8, (0.5,) * 3, (0.25,) * 3, True, torch.device("cpu"), 0)
-    train_split, val = (MemorySplit(part, torch.arange(len(part)) % 4, look) for part in (images[:37], images[37:]))
+    first, rest = (MemorySplit(part, torch.arange(len(part)) % 4, look) for part in (images[:37], images[37:]))
     gm = build().float()
     torch.manual_seed(9)
     teacher = Teacher(Net(), Distill(0.5, 2.0))
     with TemporaryDirectory() as folder:
-        trainer = Trainer(Recipe(8, 1e-3, 0.1, 0), train_split, val, Path(folder))
+        trainer = Trainer(Recipe(8, 1e-3, 0.1, 0), first, rest, Path(folder))
         optimizer, steps = trainer.optimizer(gm), EPOCHS * trainer.steps
         with dspfx.GroupLearner(gm, optimizer, steps, strength=0.05, lr=0.05, budget=BUDGET) as learner:
             curve = trainer.fit(gm, optimizer, Stage("learn", ((EPOCHS, 0.1),)), learner, teacher).curve
