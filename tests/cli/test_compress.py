@@ -24,7 +24,6 @@ from dspfx.deploy.runtimes import RUNTIMES, Runtime
 
 DATA = ["--image-size", "16", "--limit-train", "200", "--threads", "1", "--device", "cpu"]
 EPOCHS = ["--epochs-dense", "2", "--epochs-learn", "3", "--epochs-tune", "3"]
-NETWORKS = ("network.safetensors", "pruned.safetensors", "dense.safetensors")
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -33,10 +32,6 @@ def command(out: Path, *more: str) -> list[str]:
 
 def read(out: Path) -> Any:
     return json.loads((out / "results.json").read_text())
-
-
-def without_seconds(curves: dict[str, list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:
-    return {name: [{**epoch, "seconds": 0.0} for epoch in curve] for name, curve in curves.items()}
 
 
 @pytest.fixture(scope="module")
