@@ -36,6 +36,7 @@ from dspfx.passes.plan_prune import plan_prune
 
 MULTIPLES = (0.01, 1.0, 100.0)  # of strength "auto"
 TUNE = 4
+CONCLUSION = "\n## What it says\n"  # written by hand, and kept when the page is written anew
 Row = dict[str, Any]
 
 
@@ -166,7 +167,8 @@ def main() -> None:
     text = page(rows, options)
     print(text)
     if options.write:
-        options.write.write_text(text)
+        said = options.write.read_text().partition(CONCLUSION)[1:] if options.write.exists() else ()
+        options.write.write_text("".join([text, *said]))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +24,6 @@ from dspfx.deploy.runtimes import RUNTIMES, Runtime
 
 DATA = ["--image-size", "16", "--limit-train", "200", "--threads", "1", "--device", "cpu"]
 EPOCHS = ["--epochs-dense", "2", "--epochs-learn", "3", "--epochs-tune", "3"]
-NETWORKS = ("network.safetensors", "pruned.safetensors", "dense.safetensors")
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -38,10 +32,6 @@ def command(out: Path, *more: str) -> list[str]:
 
 def read(out: Path) -> Any:
     return json.loads((out / "results.json").read_text())
-
-
-def without_seconds(curves: dict[str, list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:
-    return {name: [{**epoch, "seconds": 0.0} for epoch in curve] for name, curve in curves.items()}
 
 
 @pytest.fixture(scope="module")
@@ -119,33 +109,6 @@ def test_another_run_in_the_same_folder_is_refused(finished: Path, capsys: pytes
         f"dspfx compress: error: --out {finished} holds a run with --groups 4, this one has --groups 2; give another "
         "--out, or delete that folder to start over.\n"
     )
-
-
-@pytest.fixture(params=["learn", "tune"])
-def killed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A run that got `kill -9` soon after the first epoch of a stage."""
-    path = tmp_path / "checkpoints" / f"{request.param}.pt"
-    process = subprocess.Popen([sys.executable, "-m", "dspfx", *command(tmp_path)], stdout=subprocess.DEVNULL)
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    return tmp_path
-
-
-def test_a_killed_run_ends_like_an_uninterrupted_one(
-    killed: Path, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert not (killed / "results.json").exists()
-    assert main(command(killed)) == 0
-    assert "epochs found in" in capsys.readouterr().out
-    expected, found = read(finished), read(killed)
-    assert without_seconds(found["curves"]) == without_seconds(expected["curves"])
-    for name in NETWORKS:
-        whole, parts = (safetensors.torch.load_file(out / name) for out in (finished, killed))
-        assert whole.keys() == parts.keys()
-        assert all(torch.equal(value, parts[key]) for key, value in whole.items())
-    assert (killed / "plan.json").read_text() == (finished / "plan.json").read_text()
 
 
 def test_one_shot_trains_nothing(finished: Path, tmp_path: Path) -> None:
