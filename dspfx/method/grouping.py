@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 Scale = float | Tensor
+_CACHED = 1 << 17  # elements of a weight that are gone through at a time
 
 
 def sample_groups(
@@ -60,11 +61,16 @@ def kernel_energy(weight: Tensor) -> Tensor:
 def kernel_products(weight: Tensor, other: Tensor) -> Tensor:
     """wg [O, C], the inner products of the kernels of two tensors [O, C, *kernel]; half precision in float32."""
     dtype = compute_dtype(weight)
-    product = (weight.to(dtype) * other.to(dtype)).flatten(2)
-    if product.shape[2] == 1:
-        return product.squeeze(2)
-    # A product with ones takes half the time of a sum over so short a dimension; a DTensor has no plain one to meet.
-    return product @ product.new_ones(product.shape[2]) if type(product) is Tensor else product.sum(dim=2)
+    weight, other = weight.to(dtype).flatten(2), other.to(dtype).flatten(2)
+    if weight.shape[2] == 1:
+        return (weight * other).squeeze(2)
+    if hasattr(weight, "full_tensor"):  # a DTensor, which cannot meet the plain tensor below
+        return (weight * other).sum(dim=2)
+    # A product with ones takes half the time of a sum over so short a dimension, and a few filters stay in the cache
+    # until they are summed.
+    ones, filters = weight.new_ones(weight.shape[2]), max(1, _CACHED // weight[0].numel())
+    sums = [(w * o) @ ones for w, o in zip(weight.split(filters), other.split(filters), strict=True)]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -135,7 +141,11 @@ def to_logits(q: Tensor, p: Tensor, tau: float) -> Tensor:
 
 def adapted_factor(p: Tensor, w2: Tensor, scale: Scale, xi: float, strength: float) -> Tensor:
     """The [..., O, C] factor f of the one-step adapted filters: W' = W - xi * strength * dR/dW(W, P) = f * W."""
-    return penalty_slope(p, w2, -xi * strength * scale).add_(1)
+    t = _terms(p, w2)
+    small = (t.p2 * t.root_s.square() * (-xi * strength * scale)).mT
+    if p.dim() == 3:
+        return torch.baddbmm(p.new_ones(1, 1, 1), small, t.inverse)  # one pass
+    return 1 + small @ t.inverse
 
 
 def hypergradient(
