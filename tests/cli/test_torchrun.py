@@ -38,7 +38,8 @@ def test_two_processes_make_one_network(tmp_path: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert list(results["networks"]) == ["dense", "pruned", "lowered", "control"]
     assert results["left"]["flops"] <= 0.35
-    assert results["networks"]["lowered"]["test"] == results["networks"]["pruned"]["test"]
+    tests = {name: results["networks"][name]["test"] for name in ("lowered", "pruned")}
+    assert tests["lowered"] == pytest.approx(tests["pruned"], rel=1e-4)
     assert results["networks"]["lowered"]["test"]["images"] == 359  # each counted once
     small = dspfx.load(out / "network.safetensors")
     assert isinstance(small, torch.nn.Module)
