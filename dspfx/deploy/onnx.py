@@ -15,6 +15,7 @@ from dspfx.deploy.onnx_dft import write_out_transforms
 from dspfx.deploy.onnx_folding import optimize
 from dspfx.deploy.onnx_indices import narrow_indices
 from dspfx.deploy.onnx_norms import merge_statistics
+from dspfx.deploy.onnx_pads import keep_pads_apart
 from dspfx.errors import InputError, RuntimeBuildError
 from dspfx.graph.inputs import describe
 from dspfx.graph.samples import samples
@@ -193,7 +194,7 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dt
     )
     assert program is not None
     optimize(program.model)
-    for change in (merge_statistics, write_out_transforms, narrow_indices, _forget_origins):
+    for change in (merge_statistics, write_out_transforms, narrow_indices, keep_pads_apart, _forget_origins):
         change(program.model.graph)
     size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
     program.save(path, external_data=size > ONE_FILE)
