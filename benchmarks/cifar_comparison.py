@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -237,10 +238,14 @@ def train_dense(run: Run, checkpoints: Path) -> nn.Module:
 
 
 def finish(run: Run, model: nn.Module, label: str, share: float, started: list[str]) -> None:
-    """Writes what was reached, test images read here only, and the hours of training that led there."""
+    """Writes what was reached, test images read here only, and the hours of training that led there.
+
+    An epoch counts with its stage's median: the run may have stood still meanwhile.
+    """
     test = evaluate(model, run.data.test(), run.settings.batch_size).accuracy
     stages = [load_state(run.folder / f"{stage}.pt") or {} for stage in [*started, f"{label}_tune"]]
-    seconds = sum(epoch["seconds"] for state in stages if state for epoch in state["progress"]["curve"])
+    curves = [[epoch["seconds"] for epoch in state["progress"]["curve"]] for state in stages if state]
+    seconds = sum(len(curve) * statistics.median(curve) for curve in curves if curve)
     found = {"share": share, "validation": run.validate(model), "test": test, "hours": seconds / 3600}
     write_text(run.folder / f"{label}.json", json.dumps(found))
     say(f"{run.name}, seed {run.seed}, {label}: {share:.1%} of FLOPs, validation {found['validation']:.2%}")
