@@ -228,6 +228,15 @@ def test_a_runtime_that_is_not_installed_names_its_extra(monkeypatch: pytest.Mon
         prune(gm, Budget(latency=0.5), runtime="openvino")
 
 
+def test_tensorrt_gets_whole_blocks_where_it_is_not_installed_too() -> None:
+    assert machine.block_widths("tensorrt") == (8, 32)
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 4, 1)).eval()
+    with torch.no_grad():
+        model.get_parameter("2.weight")[:, 13:] = 0
+    widths = {r: lower(model, IMAGE, r, None).get_submodule("0").out_channels for r in ("eager", "tensorrt")}
+    assert widths == {"eager": 13, "tensorrt": 16}
+
+
 def network() -> TracedModule:
     """A chain in float64, prepared."""
     layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Conv2d(24, 4, 1)]
