@@ -11,6 +11,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+COMMAND = """\
+    OMP_NUM_THREADS=1 python -m benchmarks.cifar_comparison --data DIR --checkpoints FOLDER --out runs/comparison \\
+        --write docs/results/cifar10.md"""
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "native": "dspfx's kernels"}
 TITLES = {
     "dspfx": "dspfx",
@@ -37,7 +40,7 @@ def write(out: Path, path: Path | None) -> None:
     if path is not None and results:
         plots = [draw(results, axis, path.with_name(f"{path.stem}_{axis}.svg")) for axis in ("share", "latency")]
         pictures = "\n\n".join(f"![accuracy against {p.stem}]({p.name})" for p in plots if p is not None)
-        path.write_text(f"{text}\n{pictures}\n")
+        path.write_text(f"{text}\n\n{pictures}\n\nMade by\n\n{COMMAND}\n\nwhich goes on where it was stopped.\n")
 
 
 def read(out: Path) -> Iterator[dict[str, Any]]:
