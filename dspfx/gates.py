@@ -158,7 +158,7 @@ def find_gates(gm: nn.Module) -> tuple[GatePlan, list[Gate]]:
 
 
 def gated_tensors(gm: nn.Module) -> dict[str, Tensor]:
-    """What a PrunePlan depends on, by name: weight, logits, groups and channels of every gate."""
+    """What a PrunePlan depends on, by name: the weight of every gate, and all that the gate itself holds."""
     gates = {name: m for name, m in gm.named_modules() if isinstance(m, GatedLayer)}
     return {f"{name}.{key}": getattr(gate, key) for name, gate in gates.items() for key in ("weight", *gate.GATE_KEYS)}
 

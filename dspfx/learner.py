@@ -42,6 +42,9 @@ class GroupLearner:
             loss(gm(x), y).backward()
             optimizer.step()
 
+    It also gathers, from the same gradients, what every group channel is worth to the loss (`GatedLayer.gate_fisher`),
+    by which `dspfx.prune` then decides what goes first.
+
     In a distributed training (DistributedDataParallel, or fully_shard of the whole network) construct it on every rank.
     The hypergradients are averaged over the ranks, so that all of them learn what one process would from the joint
     batch. Noise and logits are the same everywhere, which is compared now and then.

@@ -16,7 +16,6 @@ from dspfx.errors import ModelError
 from dspfx.graph.channels import ChannelGraph
 from dspfx.method.balance import balanced_groups, block_drops, block_size, unit_block
 from dspfx.method.clustering import cluster_filters
-from dspfx.method.grouping import kernel_energy
 from dspfx.method.importance import Fisher, group_energy, unit_share
 from dspfx.modules import GatedLayer
 
@@ -28,8 +27,8 @@ class ScoredLayer:
     """One gated convolution: energies [O, C], group [O] (-1 dead), scores of group channels [G, C] and filters [O].
 
     A score is the share of energy that is gone once the structure is or, of Fisher information, grows with the loss for
-    the work saved; -inf was gone before, 1 stays. `steps` are the
-    steps of channels [G, C] and of filters [O] (-1 goes in none), of a balanced layer.
+    the work saved; -inf was gone before, 1 stays. `steps` are the steps of channels [G, C] and of filters [O] (-1 goes
+    in none), of a balanced layer.
     """
 
     name: str
@@ -54,10 +53,11 @@ def score_layer(
     weight = module.by_filter(module.weight.detach()).cpu()
     weight = weight.unflatten(2, module.weight.shape[2:]) if module.weight.dim() > 3 else weight
     group = _known_groups(module, is_balanced)
-    if isinstance(energy, Fisher) and group is not None:
+    if isinstance(energy, Fisher):
+        assert group is not None  # what was weighed had groups, learned or a single one
         pairs = energy.pairs(module.gate_fisher.cpu().double(), module.gate_filter_fisher.cpu().double(), group)
     else:
-        pairs = kernel_energy(weight) if isinstance(energy, Fisher) else energy(weight)
+        pairs = energy(weight)
     if pairs.shape != weight.shape[:2]:
         raise ModelError(
             f"the importance function gave shape {tuple(pairs.shape)} for {name}; it must give one energy a (filter, "
@@ -93,7 +93,7 @@ def _known_groups(module: GatedLayer, is_balanced: bool) -> Tensor | None:
     """The group of each filter [O], pruned or learned; None where neither has happened yet."""
     if module.is_pruned:
         return module.gate_group.cpu()
-    if module.is_learned:
+    if module.is_learned or module.is_weighed:  # one group has nothing to learn, and is known
         logits = module.gate_logits.cpu()
         return balanced_groups(logits) if is_balanced else logits.argmax(0)
     return None

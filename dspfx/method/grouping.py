@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dspfx.ranks import is_shard
+
 Scale = float | Tensor
 _CACHED = 1 << 17  # elements of a weight that are gone through at a time
 
@@ -64,7 +66,7 @@ def kernel_products(weight: Tensor, other: Tensor) -> Tensor:
     weight, other = weight.to(dtype).flatten(2), other.to(dtype).flatten(2)
     if weight.shape[2] == 1:
         return (weight * other).squeeze(2)
-    if hasattr(weight, "full_tensor"):  # a DTensor, which cannot meet the plain tensor below
+    if is_shard(weight):  # it cannot meet the plain tensor below
         return (weight * other).sum(dim=2)
     # A product with ones takes half the time of a sum over so short a dimension, and a few filters stay in the cache
     # until they are summed.

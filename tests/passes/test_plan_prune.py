@@ -10,6 +10,7 @@ from dspfx.config import Budget, GateConfig
 from dspfx.errors import BudgetError
 from dspfx.graph.analyse import analyse
 from dspfx.graph.traced import TracedModule
+from dspfx.learner import GroupLearner
 from dspfx.method.importance import Fisher, group_energy, resolve
 from dspfx.modules import GatedConv2d
 from dspfx.passes.plan_prune import Search, plan_prune
@@ -275,6 +276,32 @@ def test_what_learning_found_goes_by_its_loss_for_the_work_it_saves(counted: str
         found += [(name, *where) for name, places in gone.items() for where in places]
         before = after
     assert found == expected
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_pruning_after_learning_goes_by_what_was_found_whatever_the_groups(groups: int) -> None:
+    """Of one layer's channels those that were worth least go, also where there was only one group to learn."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    gm = prepare(model, torch.zeros(2, 3, 9, 9), GateConfig(groups=groups, skip=("4",)))
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.01)
+    with GroupLearner(gm, optimizer, 3):
+        for _ in range(3):
+            optimizer.zero_grad()
+            gm(torch.randn(2, 3, 9, 9)).square().mean().backward()
+            optimizer.step()
+    gate = gm.get_submodule("2")
+    assert isinstance(gate, GatedConv2d)
+    worth, group = gate.gate_fisher.clone(), gate.gate_logits.argmax(0)
+    gate.weight.data *= torch.rand(8)[:, None, None, None] * 10  # norms tell another story
+    [layer] = prune(gm, Budget(flops=0.8)).layers
+    price = worth / torch.bincount(group, minlength=groups).clamp(min=1)[:, None]
+    kept = torch.zeros(groups, 8, dtype=torch.bool)
+    for g, found in enumerate(layer.groups):
+        kept[g, list(found.channels)] = True
+        assert all(int(group[o]) == g for o in found.filters)
+    best = torch.zeros_like(kept).scatter_(1, price.argmax(1, keepdim=True), True)
+    assert (~kept).any()
+    assert price[~kept].max() <= price[kept & ~best].min()
 
 
 def test_pruning_uses_what_learning_found_unless_told_otherwise() -> None:
