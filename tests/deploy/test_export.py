@@ -376,3 +376,12 @@ def test_a_nesting_survives_json() -> None:
     assert again.nest_outputs([tensors[0], tensors[0]]) == {"x": tensors[0], "more": [tensors[0], None, "word"]}
     with pytest.raises(DspfxError, match=r"^this network was built for "):
         again.flatten_inputs(entry.inputs(5), {"flag": False})
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2), nn.AvgPool2d(3, padding=1), nn.AvgPool2d(4)])
+@pytest.mark.parametrize("border", [1, 3])
+def test_borders_before_a_pooling_may_be_wider_than_its_kernel(pool: nn.Module, border: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.Tanh(), nn.ZeroPad2d(border), pool, nn.Conv2d(8, 4, 1)
+    found = dspfx.export_onnx(nn.Sequential(*layers).eval(), tmp_path / "x.onnx", IMAGES, verbose=False)
+    assert found.max_error <= found.tolerance
