@@ -3,7 +3,8 @@
 x -> Pad -> AveragePool    becomes    x -> Pad -> Max(y, y) -> AveragePool
 
 A border of zeros wins the maximum over negative neighbours, that of a MaxPool never does; and no pooling may have a
-border as wide as its kernel. The fusion of the two leaves a Pad alone that is read twice; every runtime computes the same as before.
+border as wide as its kernel. The fusion of the two leaves a Pad alone that is read twice; every runtime computes the
+same as before.
 """
 
 from __future__ import annotations

@@ -17,10 +17,8 @@ from dspfx.graph.aliases import overwrites
 from dspfx.graph.inputs import (
     Attributes,
     check_run,
-    describe_inputs,
     last_line,
     materialise,
-    propagate,
     try_guess,
     try_inputs,
 )
@@ -32,16 +30,12 @@ _REMEDY = "Make that line independent of tensor values, or wrap the function wit
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
-    """Returns a traced deep copy of `model`; a TracedModule is only copied. `model` is left as it was.
+    """Returns a traced deep copy of `model`, which is no TracedModule yet and is left as it was.
 
     Raises InputError where the model does not run on the example inputs (or none were given and none could be
     guessed) and TraceError where its control flow depends on tensor data.
     """
     root = copy.deepcopy(model)
-    if isinstance(root, TracedModule):
-        if example_inputs is not None:
-            propagate(root, describe_inputs(root, example_inputs))
-        return root
     inputs, undecided = try_guess(root) if example_inputs is None else try_inputs(root, example_inputs)
     gm = trace_shared(root, inputs)
     if undecided is not None:
