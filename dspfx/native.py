@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from dspfx.errors import InputError
 from dspfx.graph.native_layers import Unsupported, floats
 from dspfx.graph.to_chain import chain_of
-from dspfx.kernels.chain import Shape
+from dspfx.kernels.chain import Chain, Shape
 from dspfx.kernels.engine import Engine
 from dspfx.kernels.library import library_or_none
 from dspfx.kernels.tiles import conv_tiles
@@ -58,6 +59,10 @@ class NativeChain(nn.Module):
                 shares[name] = pairs / (layer.weight.shape[0] * layer.weight.shape[1])
         return shares
 
+    def chain(self, shapes: tuple[Shape, ...]) -> Chain:
+        """Its layers, for inputs of these shapes (of one image)."""
+        return chain_of(self.plain, shapes)
+
     def engine(self, inputs: Sequence[Tensor]) -> Engine:
         """The chain, packed for this machine; anew where a weight is another one or was changed in place.
 
@@ -67,7 +72,7 @@ class NativeChain(nn.Module):
         if engine is None or any(
             owner[name] is not tensor or tensor._version != version for owner, name, tensor, version in self._packed
         ):
-            self._engine = engine = Engine(chain_of(self.plain, image_shapes(inputs)))
+            self._engine = engine = Engine(self.chain(image_shapes(inputs)))
             self._packed = [
                 (owner, name, tensor, tensor._version)
                 for module in self.plain.modules()
@@ -104,6 +109,37 @@ class NativeChain(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.handle = _remember(self)
+
+
+class ChainOperation(nn.Module):
+    """A NativeChain as the one operation torch.ops.dspfx.native_chain, for exporters; its weights are not theirs."""
+
+    def __init__(self, chain: NativeChain) -> None:
+        super().__init__()
+        self._chain = (chain,)  # hidden from parameters()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        outputs = torch.ops.dspfx.native_chain(list(inputs), self._chain[0].handle)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def has_chains(network: nn.Module) -> bool:
+    """Whether native kernels run a part of it."""
+    return any(isinstance(module, NativeChain) for module in network.modules())
+
+
+def with_chains(network: nn.Module, form: Callable[[NativeChain], nn.Module]) -> nn.Module:
+    """A copy of a network with something else in the place of its chains, such as their plain layers."""
+    twin = copy.deepcopy(network)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, NativeChain):
+            twin.set_submodule(name, form(module))
+    return twin
+
+
+def chain_of_handle(handle: int) -> NativeChain:
+    """The living chain with this number."""
+    return _chains[handle]
 
 
 @torch.compiler.assume_constant_result

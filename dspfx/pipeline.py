@@ -45,7 +45,7 @@ from dspfx.passes.score_structures import Energy
 from dspfx.passes.shrink_channels import shrink_channels
 from dspfx.plans import LowerPlan, PrunePlan
 
-NATIVE = ("eager", "inductor")  # the runtimes that call the native kernels
+NATIVE = ("eager", "inductor", "onnxruntime-native")  # the runtimes that call the native kernels
 HOPEFUL = 1.1  # of the best predicted time: what is predicted to take longer is not worth building
 
 
@@ -201,8 +201,9 @@ def lower(
     Args:
         model: a pruned network or any other model.
         example_inputs: as for `prepare`, with the batch and size to be fast at; a prepared network remembers its own.
-        runtime: "eager", "inductor", "onnxruntime", "openvino" or "tensorrt": where the network is to be fast. The
-            result is a torch module all the same, which `dspfx.deploy.runtimes.build` runs there.
+        runtime: "eager", "inductor", "onnxruntime", "onnxruntime-native" (with dspfx's kernels as operators, see
+            `export_onnx`), "openvino" or "tensorrt": where the network is to be fast. The result is a torch module all
+            the same, which `dspfx.deploy.runtimes.build` runs there.
         tune: "measure" measures, None takes a rule, "auto" measures where example inputs are given here.
         threads: CPU threads of a call while measuring.
         fold: fold batch norms into convolutions; False keeps them, for further training.

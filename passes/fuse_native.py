@@ -64,8 +64,11 @@ def _segments(part: TracedModule) -> list[list[fx.Node]]:
     level: dict[fx.Node, int] = {}
     supported: set[fx.Node] = set()
     chain: dict[fx.Node, fx.Node] = {}  # a node -> another of its chain, the chain's first at last
+    batched: set[fx.Node] = set()  # what is made of images; what is made of weights alone has no batch
     for node in part.graph.nodes:
-        can_run = is_supported(part, node)
+        if node.op == "placeholder" or not batched.isdisjoint(node.all_input_nodes):
+            batched.add(node)
+        can_run = batched.issuperset((node, *node.all_input_nodes)) and is_supported(part, node)
         level[node] = max((level[n] + (can_run and n not in supported) for n in node.all_input_nodes), default=0)
         if can_run:
             supported.add(node)

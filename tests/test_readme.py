@@ -21,7 +21,7 @@ def test_every_name_it_mentions_is_public() -> None:
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example, deployment = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    example, deployment, kernels = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(example, str(README), "exec"), names)
@@ -36,8 +36,9 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     exec(compile(deployment, str(README), "exec"), names)
     with torch.no_grad():
         expected = small(names["images"])
-    for runtime in ("onnxruntime", "openvino", "torch"):
+    exec(compile(kernels, str(README), "exec"), names)
+    for runtime in ("onnxruntime", "openvino", "torch", "kernels"):
         found = torch.as_tensor(names[f"by_{runtime}"]).detach()
         assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())), runtime
-    files = ["small.bin", "small.onnx", "small.pt2", "small.safetensors", "small.xml"]
+    files = ["fast.avx2.so", "fast.onnx", "small.bin", "small.onnx", "small.pt2", "small.safetensors", "small.xml"]
     assert sorted(file.name for file in tmp_path.iterdir()) == files

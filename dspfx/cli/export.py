@@ -42,6 +42,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--precision", default="fp32", choices=list(TOLERANCES), help="bf16, int8: onnx and tensorrt (default: fp32)"
     )
+    parser.add_argument(
+        "--kernels", metavar="NAME", help="dspfx's own in ONNX Runtime: native, AVX512, AVX2 or portable"
+    )
     parser.add_argument("--calibration", metavar="DATA", help="images for int8, as for `compress --data`")
     parser.add_argument("--images", type=networks.count, default=256, help="of them (default: %(default)s)")
     parser.add_argument("--against", metavar="NETWORK", help="the dense network to time it beside, a name or a file")
@@ -109,7 +112,7 @@ def write(kind: str, network: nn.Module, inputs: Inputs, args: argparse.Namespac
     images = calibration(args, inputs) if args.calibration else None
     makers: dict[str, Callable[[], Exported]] = {
         "onnx": lambda: dspfx.export_onnx(
-            network, path, inputs, precision=args.precision, calibration=images, verbose=False
+            network, path, inputs, precision=args.precision, calibration=images, kernels=args.kernels, verbose=False
         ),
         "openvino": lambda: dspfx.export_openvino(network, path, inputs, precision=args.precision, verbose=False),
         "pt2": lambda: dspfx.export_pt2(network, path, inputs, verbose=False),
@@ -147,7 +150,7 @@ def calibration(args: argparse.Namespace, inputs: Inputs) -> Iterator[Tensor]:
 
 def measure(kind: str, named: dict[str, nn.Module], inputs: Inputs, args: argparse.Namespace) -> Results | None:
     """The networks' times at batch 1 in the runtime that the file is for; None where one of them does not run there."""
-    runtime = RUNTIMES[kind]
+    runtime = "onnxruntime-native" if kind == "onnx" and args.kernels else RUNTIMES[kind]
     one = with_samples(inputs, 1)
     if runtime == "tensorrt":
         named = {name: network.cuda() for name, network in named.items()}

@@ -32,6 +32,8 @@ from dspfx.errors import ConfigError, DspfxError, MismatchError, StorageError
 from dspfx.graph.inputs import realise
 from dspfx.graph.samples import with_samples
 from dspfx.graph.traced import Network, network_meta
+from dspfx.kernels.library import build_library
+from dspfx.native import with_chains
 
 Call = Callable[..., Any]
 BATCHES = (1, 2, 5)
@@ -149,7 +151,8 @@ def without_gates(network: nn.Module, gated: Network) -> nn.Module:
 def exported(small: nn.Module, folder: Path) -> Path:
     """An ONNX file made for the comparison alone."""
     path = folder / "network.onnx"
-    dspfx.export_onnx(small, path, tolerance=float("inf"), verbose=False)
+    plain = with_chains(small, lambda chain: chain.plain)
+    dspfx.export_onnx(plain, path, tolerance=float("inf"), verbose=False)
     return path
 
 
@@ -174,7 +177,11 @@ def opened(file: Path, folder: Path) -> Form:
     if file.suffix == ".pt2":
         call = torch.export.load(file).module()
     elif file.suffix == ".onnx":
-        call = start_file(in_float32(file, folder) if metadata["dspfx.precision"] == "bf16" else file, nesting)
+        features = metadata.get("dspfx.kernels")
+        library = None if features is None else build_library(features)  # ours: one beside the file can be anybody's
+        call = start_file(
+            in_float32(file, folder) if metadata["dspfx.precision"] == "bf16" else file, nesting, 1, library
+        )
     elif file.suffix == ".xml":
         call = start_openvino(file, nesting)
     else:

@@ -45,7 +45,8 @@ def benchmark(
     Args:
         models: networks by name, on one device; the first is the one that the others are compared with.
         example_inputs: as for `prepare`, for all networks; the batch is what they are timed with.
-        runtime: "eager", "inductor", "onnxruntime", "openvino" or "tensorrt", see `dspfx.deploy.runtimes.build`.
+        runtime: "eager", "inductor", "onnxruntime", "onnxruntime-native", "openvino" or "tensorrt", see
+            `dspfx.deploy.runtimes.build`.
         rounds: samples of each network, at least 2.
         threads: CPU threads of the runtime while it measures.
 

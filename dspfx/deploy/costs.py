@@ -28,7 +28,7 @@ FORMAT = 1  # of the files, and of how their values are measured
 # Inductor compiles for seconds what it then runs with the kernels of eager mode, so eager's times stand for its own.
 # TensorRT takes as long for an engine a layer: eager's times on its GPU choose what is worth building, and in the end
 # whole engines are compared.
-MEASURED_IN = {"inductor": "eager", "tensorrt": "eager"}
+MEASURED_IN = {"inductor": "eager", "tensorrt": "eager", "onnxruntime-native": "onnxruntime"}
 
 
 class CostTable:

@@ -14,8 +14,11 @@ Arrays = list[np.ndarray]
 Engine = Callable[[Arrays], Arrays]
 
 
-def start_onnxruntime(path: Path, names: list[str], threads: int) -> Engine:
-    """A session on the CPU with all graph optimisations; it takes every batch that the file takes."""
+def start_onnxruntime(path: Path, names: list[str], threads: int, library: Path | None = None) -> Engine:
+    """A session on the CPU with all graph optimisations; it takes every batch that the file takes.
+
+    `library` has operators that the file uses.
+    """
     ort = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -25,6 +28,8 @@ def start_onnxruntime(path: Path, names: list[str], threads: int) -> Engine:
     options.log_severity_level = 4  # errors are raised; printed as well, they would be said twice
     # Threads that keep spinning after a call would take the processor from whoever is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(arrays: Arrays) -> Arrays:

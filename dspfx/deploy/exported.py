@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import platform
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from dspfx.graph.inputs import describe_inputs, following, guess_inputs, realise
 from dspfx.graph.samples import samples, with_samples
 from dspfx.graph.traced import network_meta
 from dspfx.modules import GatedLayer
+from dspfx.native import has_chains
 
 Call = Callable[..., Any]
 # Of an output's largest value, against the network in float32: what is told apart from a wrong file. In int8 the error
@@ -88,8 +90,10 @@ class Subject:
     name: str
 
 
-def subject_of(network: nn.Module, example_inputs: Any, precision: str) -> Subject:
+def subject_of(network: nn.Module, example_inputs: Any, precision: str, has_kernels: bool = False) -> Subject:
     """A copy of the network ready to be exported, and the inputs that it is compared on.
+
+    Warns where the network has chains of the native kernels, and the file will not (`has_kernels`).
 
     Raises:
         ModelError: there is a gate left.
@@ -103,6 +107,13 @@ def subject_of(network: nn.Module, example_inputs: Any, precision: str) -> Subje
         raise ModelError(
             f"{type(network).__name__} still has gates (the first is {gated or 'the network itself'}); lower first: "
             f"small = dspfx.lower(gm), and export that."
+        )
+    if has_chains(network) and not has_kernels:
+        warnings.warn(
+            f"this {type(network).__name__} was lowered for dspfx's own kernels, which the file does not have: it will "
+            f"compute the zeros, too. Lower it for the runtime that the file is for, as in lower(gm, images, "
+            f"'onnxruntime'), or for 'onnxruntime-native' and export_onnx(..., kernels='native').",
+            stacklevel=3,
         )
     meta = network_meta(network)
     is_remembered = example_inputs is None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.config import Inputs
+from dspfx.deploy.onnx_chains import Kernels, embed_chains, translations
 from dspfx.deploy.onnx_dft import write_out_transforms
 from dspfx.deploy.onnx_folding import optimize
 from dspfx.deploy.onnx_indices import narrow_indices
@@ -19,6 +20,7 @@ from dspfx.deploy.onnx_pads import keep_pads_apart
 from dspfx.errors import InputError, RuntimeBuildError
 from dspfx.graph.inputs import describe
 from dspfx.graph.samples import samples
+from dspfx.native import ChainOperation, with_chains
 from dspfx.storage.container import decode_inputs, encode_inputs
 
 OPSET = 20  # the newest that every TensorRT from 10.0 on reads, and the first with a Gelu
@@ -159,7 +161,13 @@ def _tensors(output: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
 
-def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dtype | None = None) -> list[str]:
+def write_onnx(
+    network: nn.Module,
+    nesting: Nesting,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    kernels: Kernels | None = None,
+) -> list[str]:
     """Writes a network in eval mode as ONNX; weights that one file of 2 GB cannot hold go into a second one.
 
     OpenVINO reads a second file not once but for each shape that it compiles, when it may be gone. What the exporter
@@ -167,6 +175,7 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dt
 
     Args:
         dtype: where the network has been converted to another one, casts at inputs and outputs keep these in float32.
+        kernels: NativeChains are one operation of these kernels each; else they are written as their plain layers.
 
     Returns:
         The names of the file's inputs, in the order of `nesting.tensors`.
@@ -177,7 +186,7 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dt
     """
     batch = torch.export.Dim("batch")
     axes = tuple({0: batch} if free else None for free in nesting.free)
-    flat = _Flat(network, nesting, dtype)
+    flat = _Flat(network if kernels is None else with_chains(network, ChainOperation), nesting, dtype)
     with torch.no_grad():
         exported = torch.export.export(flat, tuple(nesting.tensors), dynamic_shapes=(axes,))
     names = [f"input{i}" for i in range(len(nesting.tensors))]
@@ -191,11 +200,14 @@ def write_onnx(network: nn.Module, nesting: Nesting, path: Path, dtype: torch.dt
         input_names=names,
         output_names=outputs,
         opset_version=opset,
+        custom_translation_table=translations() if kernels else None,
     )
     assert program is not None
     optimize(program.model)
     for change in (merge_statistics, write_out_transforms, narrow_indices, keep_pads_apart, _forget_origins):
         change(program.model.graph)
+    if kernels:
+        embed_chains(program.model.graph, kernels)
     size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
     program.save(path, external_data=size > ONE_FILE)
     return names

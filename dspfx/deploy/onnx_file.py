@@ -42,10 +42,10 @@ def write_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def start_file(path: Path, nesting: Nesting, threads: int = 1) -> Any:
-    """The function that calls the file on ONNX Runtime as the network is called."""
+def start_file(path: Path, nesting: Nesting, threads: int = 1, library: Path | None = None) -> Any:
+    """The function that calls the file on ONNX Runtime as the network is called; `library` has its operators."""
     names = [value.name for value in read_graph(path).graph.input]
-    engine = start_onnxruntime(path, names, threads)
+    engine = start_onnxruntime(path, names, threads, library)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         arrays = [x.detach().contiguous().numpy() for x in nesting.flatten_inputs(args, kwargs)]

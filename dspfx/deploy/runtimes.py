@@ -24,12 +24,15 @@ from dspfx.config import Inputs
 from dspfx.deploy.agree import disagreement, tolerance_of
 from dspfx.deploy.engines import Engine, OpenVino, start_onnxruntime
 from dspfx.deploy.onnx import Nesting, write_onnx
+from dspfx.deploy.onnx_chains import Kernels
 from dspfx.deploy.quiet import quiet, reason, torch_threads
 from dspfx.deploy.tensorrt import build_tensorrt
 from dspfx.deploy.tensorrt_module import TensorRTModule
 from dspfx.errors import ConfigError, InputError, MismatchError, RuntimeBuildError
 from dspfx.graph.inputs import describe_inputs, realise
 from dspfx.graph.samples import samples, with_samples
+from dspfx.kernels.library import library
+from dspfx.native import has_chains
 
 Call = Callable[..., Any]
 HALF_TOLERANCE = 2e-2  # for engines in half precision
@@ -80,6 +83,7 @@ def build(runtime: str, network: nn.Module, example_inputs: Any, threads: int = 
     compiled when it is first met, PyTorch's limit being eight. "onnxruntime" and "openvino" run on the CPU what
     `torch.onnx` exports, for the image size of the example inputs and every batch (for the batch of the example only,
     where the network's graph is another one at others); OpenVINO compiles each batch size when it is first met.
+    "onnxruntime-native" is ONNX Runtime with dspfx's kernels for its NativeChains.
     "tensorrt" is an engine in half precision on the GPU, for batches up to twice the example's.
 
     Args:
@@ -217,18 +221,31 @@ def _inductor(network: nn.Module, inputs: Inputs, threads: int, any_batch: bool)
 
 
 def _from_onnx(
-    start: Callable[[Path, list[str], int], Engine], network: nn.Module, inputs: Inputs, threads: int, any_batch: bool
+    start: Callable[[Path, list[str], int], Engine],
+    network: nn.Module,
+    inputs: Inputs,
+    threads: int,
+    any_batch: bool,
+    kernels: Kernels | None = None,
 ) -> Call:
     nesting = Nesting(network, inputs, any_batch)
     with tempfile.TemporaryDirectory(prefix="dspfx-") as folder:
         path = Path(folder) / "network.onnx"
-        engine = start(path, write_onnx(network, nesting, path), threads)
+        engine = start(path, write_onnx(network, nesting, path, kernels=kernels), threads)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         arrays = [np.ascontiguousarray(x.detach().numpy()) for x in nesting.flatten_inputs(args, kwargs)]
         return nesting.nest_outputs([torch.from_numpy(x) for x in engine(arrays)])
 
     return call
+
+
+def _onnxruntime_native(network: nn.Module, inputs: Inputs, threads: int, any_batch: bool) -> Call:
+    if not has_chains(network):
+        return _from_onnx(start_onnxruntime, network, inputs, threads, any_batch)
+    own = library()
+    start = partial(start_onnxruntime, library=own.path)
+    return _from_onnx(start, network, inputs, threads, any_batch, Kernels(own, threads))
 
 
 def _tensorrt(network: nn.Module, inputs: Inputs, threads: int, any_batch: bool) -> Call:
@@ -246,6 +263,14 @@ RUNTIMES: dict[str, Runtime] = {
     "inductor": Runtime(_inductor, tolerance=TOLERANCE),
     "onnxruntime": Runtime(
         partial(_from_onnx, start_onnxruntime),
+        tolerance=TOLERANCE,
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+        any_batch=True,
+        devices=("cpu",),
+    ),
+    "onnxruntime-native": Runtime(
+        _onnxruntime_native,
         tolerance=TOLERANCE,
         packages=("onnx", "onnxscript", "onnxruntime"),
         extra="onnx",

@@ -33,8 +33,6 @@ def is_supported(gm: nn.Module, node: fx.Node) -> bool:
     values: dict[fx.Node, Any] = {n: n.meta.get("val") for n in (*node.all_input_nodes, node)}
     if not all(isinstance(x, Tensor) and x.dtype == torch.float32 and x.dim() in (2, 4) for x in values.values()):
         return False
-    if any(n.op == "get_attr" for n in values):  # no batch of images
-        return False
     reader = Reader(gm, {n: tuple(map(int, values[n].shape[1:])) for n in node.all_input_nodes})
     try:
         reader.add(node)

@@ -58,7 +58,13 @@ class Engine:
 
     def _load(self, shapes: tuple[Shape, ...]) -> Loaded:
         program = Builder(self.chain, self.packed, shapes, self.library.lanes).build()
-        loaded = self.loaded[shapes] = Loaded(program, shapes)
+        loaded = Loaded(program, shapes)
+        if not self.library.is_safe(
+            loaded.steps, program.steps.size, program.first, self.packed.array.size, program.floats,
+            loaded.input_sizes, len(shapes), loaded.output_sizes, len(program.outputs),
+        ):  # fmt: skip
+            raise AssertionError(f"a program for {shapes} reaches outside of its memory")  # a mistake of ours
+        self.loaded[shapes] = loaded
         while len(self.loaded) > KEPT:
             self.loaded.popitem(last=False)
         return loaded

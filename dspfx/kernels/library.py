@@ -18,20 +18,22 @@ from platformdirs import user_cache_path
 
 from dspfx.errors import RuntimeBuildError
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "onnxruntime_op.cpp"))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
-# What torch says of the processor -> what the compiler may use of it; anything else is compiled portably.
+# What torch says of the processor -> what the compiler may use of it, most first; all else is compiled portably.
 FEATURES = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
+PORTABLE = "portable"
 GAIN = "lowered networks run on PyTorch's own kernels, which leave much of the saved work unsaved"
 
 
 class Library:
-    """The functions of native.cpp."""
+    """The functions of native.cpp; onnxruntime_op.cpp, in the same file, is for ONNX Runtime to load."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         loaded = ctypes.CDLL(str(path))
         self.run = loaded.dspfx_run
         pointer, places = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)
@@ -40,6 +42,9 @@ class Library:
             pointer, ctypes.c_int64, pointer, pointer, arrays, arrays, places, places, ctypes.c_int64, ctypes.c_int32
         ]  # fmt: skip
         self.run.restype = None
+        self.is_safe = loaded.dspfx_is_safe
+        count = ctypes.c_int64
+        self.is_safe.argtypes = [pointer, count, count, count, count, places, count, places, count]
         self.lanes: int = loaded.dspfx_lanes()
         self.max_filters: int = loaded.dspfx_max_filters()
 
@@ -47,7 +52,13 @@ class Library:
 def processor_features() -> str:
     """A key of FEATURES, or "portable"."""
     found = torch.backends.cpu.get_cpu_capability()
-    return next((name for name in FEATURES if name in found), "portable")
+    return next((name for name in FEATURES if name in found), PORTABLE)
+
+
+def can_run(features: str) -> bool:
+    """Whether this processor has them."""
+    order = [*FEATURES, PORTABLE]
+    return order.index(features) >= order.index(processor_features())
 
 
 def build_library(features: str, folder: Path | None = None, extra: tuple[str, ...] = ()) -> Path:
@@ -57,7 +68,7 @@ def build_library(features: str, folder: Path | None = None, extra: tuple[str, .
     """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = (*FLAGS, *FEATURES.get(features, ()), *extra)
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), flags, compiler)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(([source.read_bytes() for source in SOURCES], flags, compiler)).encode()).hexdigest()[:16]
     folder = folder or user_cache_path("dspfx", appauthor=False)
     path = folder / f"native-{features.lower()}-{key}.so"
     if path.exists():
@@ -73,7 +84,7 @@ def build_library(features: str, folder: Path | None = None, extra: tuple[str, .
             made = Path(scratch) / path.name
             # What is preloaded into this process (a sanitizer, an allocator) is not meant for the compiler.
             own = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-            command = [*compiler, *flags, str(SOURCE), "-o", str(made)]
+            command = [*compiler, *flags, *map(str, SOURCES), "-o", str(made)]
             run = subprocess.run(command, capture_output=True, text=True, env=own)
             if run.returncode:
                 raise RuntimeBuildError(f"{compiler[0]} cannot compile the native kernels:\n{run.stderr.strip()}")

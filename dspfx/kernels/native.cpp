@@ -432,6 +432,153 @@ void run_items(const Context& c, const int32_t* step, int64_t block, int64_t fir
     }
 }
 
+// ------------------------------------------------------------------------------------------- programs of strangers
+
+// Whether whatever a program reads and writes is where it may: a file that holds one can come from anywhere.
+struct Check {
+    const int32_t* program;
+    int64_t length, weights, floats;
+    const int64_t *input_sizes, *output_sizes;
+    int64_t inputs, outputs;
+
+    static bool within(int64_t first, int64_t count, int64_t size) {
+        return first >= 0 && count >= 0 && first <= size && count <= size - first;
+    }
+    static bool apart(int64_t a, int64_t count_a, int64_t b, int64_t count_b) {
+        return a + count_a <= b || b + count_b <= a;
+    }
+    bool work(int64_t first, int64_t count) const { return within(first, count, floats); }
+    bool listed(int64_t first, int64_t count) const { return within(first, count, length); }
+    bool weight(int64_t first, int64_t count) const { return within(first, count, weights); }
+    static bool is_activation(int32_t kind) { return kind >= NONE && kind <= HARDSIGMOID; }
+
+    bool space(int32_t space, int64_t first, int64_t count, bool is_written) const {
+        if (space == WORK) return work(first, count);
+        const int64_t i = (space - 1) / 2;
+        if (space < 1 || ((space - 1) % 2 == 1) != is_written || i >= (is_written ? outputs : inputs)) return false;
+        return within(first, count, (is_written ? output_sizes : input_sizes)[i]);
+    }
+
+    bool all(int64_t first) const {
+        for (int64_t at = first;; at += program[at + 1]) {
+            if (!listed(at, 2)) return false;
+            if (!program[at]) return true;
+            if (program[at + 1] < 2 || !listed(at, program[at + 1]) || !step(program + at, program[at + 1])) return false;
+        }
+    }
+
+    template <typename Step>
+    static const Step* as(const int32_t* step, int64_t size, int32_t Step::*count, int64_t each) {
+        if (size < (int64_t)(sizeof(Step) / sizeof(int32_t))) return nullptr;
+        const Step* s = reinterpret_cast<const Step*>(step);
+        return s->*count >= 0 && (int64_t)(sizeof(Step) / sizeof(int32_t)) + each * (s->*count) <= size ? s : nullptr;
+    }
+
+    bool step(const int32_t* step, int64_t size) const {
+        switch (step[0]) {
+            case CONV: return conv(as(step, size, &ConvStep::tiles, 1));
+            case COPY: return copy(as(step, size, &CopyStep::count, 2));
+            case MAP: return map(as(step, size, &MapStep::count, 4));
+            case POOL: return pool(as(step, size, &PoolStep::count, 2));
+            case MEAN: return mean(as(step, size, &MeanStep::count, 2));
+            case SCALE: return scale(as(step, size, &ScaleStep::count, 3));
+            case LINEAR: return linear(as(step, size, &LinearStep::filters, 0));
+            default: return false;
+        }
+    }
+
+    bool conv(const ConvStep* s) const {
+        if (!s || s->positions < 1 || s->block < LANES || s->block % LANES || !is_activation(s->activation)) return false;
+        const int64_t reach = up(s->positions, LANES);
+        if (s->is_far < 0 || s->is_far > 1 || !listed(s->mask, reach)) return false;
+        const int32_t* places = &s->tiles + 1;
+        for (int32_t i = 0; i < s->tiles; i++) {
+            if (!listed(places[i], sizeof(ConvTile) / sizeof(int32_t))) return false;
+            const ConvTile& t = *reinterpret_cast<const ConvTile*>(program + places[i]);
+            if (t.filters < 1 || t.filters > MAX_FILTERS || t.terms < 0 || !listed(t.offsets, t.terms)) return false;
+            if (!listed(places[i] + sizeof(ConvTile) / sizeof(int32_t), 2 * t.filters)) return false;
+            if (!weight(t.weights, (int64_t)t.filters * t.terms) || !weight(t.bias, t.filters)) return false;
+            for (int32_t k = 0; k < t.terms; k++)
+                if (!work(program[t.offsets + k], reach)) return false;
+            for (int32_t f = 0; f < t.filters; f++)
+                if (!work(t.outputs()[f], reach) || !work(t.residuals()[f], reach)) return false;
+        }
+        return true;
+    }
+
+    bool copy(const CopyStep* s) const {
+        if (!s || s->rows < 1 || s->columns < 1 || s->row_step < 0 || s->column_step < 1 || s->pitch < 0) return false;
+        const int64_t read = (int64_t)(s->rows - 1) * s->row_step + (int64_t)(s->columns - 1) * s->column_step + 1;
+        const int64_t written = (int64_t)(s->rows - 1) * s->pitch + s->columns;
+        for (int32_t i = 0; i < s->count; i++) {
+            const int32_t* planes = &s->count + 1 + 2 * i;
+            if (!space(s->source, planes[0], read, false) || !space(s->target, planes[1], written, true)) return false;
+            if (s->source == s->target && !apart(planes[0], read, planes[1], written)) return false;
+        }
+        return true;
+    }
+
+    bool map(const MapStep* s) const {
+        if (!s || s->positions < 1 || !is_activation(s->activation)) return false;
+        const int64_t reach = up(s->positions, LANES);
+        for (int32_t i = 0; i < s->count; i++) {
+            const int32_t* p = &s->count + 1 + 4 * i;
+            if (!work(p[0], reach) || !work(p[1], reach) || !work(p[2], reach) || !weight(p[3], 2)) return false;
+        }
+        return listed(s->mask, reach);
+    }
+
+    bool pool(const PoolStep* s) const {
+        constexpr int32_t MOST = 1 << 20;  // of a size: products of two fit into 64 bits
+        for (int32_t size : {s ? s->rows : 0, s ? s->columns : 0, s ? s->out_rows : 0, s ? s->out_columns : 0,
+                             s ? s->kernel_y : 0, s ? s->kernel_x : 0, s ? s->stride_y : 0, s ? s->stride_x : 0})
+            if (size < 1 || size > MOST) return false;
+        // Every window has to touch the image.
+        if (s->pad_y < 0 || s->pad_x < 0 || s->pad_y >= s->kernel_y || s->pad_x >= s->kernel_x) return false;
+        if ((int64_t)(s->out_rows - 1) * s->stride_y - s->pad_y >= s->rows) return false;
+        if (s->pitch < s->columns || s->out_pitch < 1) return false;
+        const int64_t across = (int64_t)(s->out_columns - 1) * s->stride_x;
+        const int64_t inside = s->columns + 2 * (int64_t)s->pad_x, reach = across + s->kernel_x;
+        const int64_t part = s->out_columns + s->kernel_x / s->stride_x + 2 * LANES;
+        const int64_t need = (inside > reach ? inside : reach) + 2 * LANES + (s->stride_x + 1) * part;
+        const int64_t scratch = (int64_t)s->scratch_size * s->count;
+        if (s->scratch_size < need || !work(s->scratch, scratch)) return false;
+        for (int32_t i = 0; i < s->count; i++) {
+            const int32_t* planes = &s->count + 1 + 2 * i;
+            const int64_t read = (int64_t)(s->rows - 1) * s->pitch + up(s->columns, LANES);
+            const int64_t written = (int64_t)(s->out_rows - 1) * s->out_pitch + s->out_columns;
+            if (!work(planes[0], read) || !apart(planes[0], read, s->scratch, scratch)) return false;
+            if (!work(planes[1], written) || !apart(planes[1], written, s->scratch, scratch)) return false;
+        }
+        return true;
+    }
+
+    bool mean(const MeanStep* s) const {
+        if (!s || s->positions < 1 || s->pixels < 1) return false;
+        for (int32_t i = 0; i < s->count; i++) {
+            const int32_t* p = &s->count + 1 + 2 * i;
+            if (!work(p[0], s->positions) || !work(p[1], 1)) return false;
+        }
+        return true;
+    }
+
+    bool scale(const ScaleStep* s) const {
+        if (!s || s->positions < 1) return false;
+        const int64_t reach = up(s->positions, LANES);
+        for (int32_t i = 0; i < s->count; i++) {
+            const int32_t* p = &s->count + 1 + 3 * i;
+            if (!work(p[0], reach) || !work(p[1], 1) || !work(p[2], reach)) return false;
+        }
+        return listed(s->mask, reach);
+    }
+
+    bool linear(const LinearStep* s) const {
+        if (!s || s->features < 1 || s->filters < 1 || !is_activation(s->activation)) return false;
+        return work(s->source, s->features) && weight(s->weights, (int64_t)s->features * s->filters) &&
+               weight(s->bias, s->filters) && work(s->target, s->filters);
+    }
+};
+
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -447,6 +594,14 @@ struct Job {
     int64_t last;                      // steps of all images
     std::atomic<uint64_t> ticket{0};   // the step's number above, its first item that is free in the lower half
     std::atomic<int64_t> done{0};      // items of this step
+
+    Job(const Context& c, int64_t images, int threads) : context(c) {
+        for (const int32_t* step = c.first; step[0]; step += step[1]) {
+            steps.push_back(step);
+            shares.push_back(share_of(step, threads));
+        }
+        last = (int64_t)steps.size() * images;
+    }
 
     void work() {
         Context c = context;
@@ -550,18 +705,29 @@ int32_t dspfx_lanes() { return LANES; }
 
 int32_t dspfx_max_filters() { return MAX_FILTERS; }
 
+// Whether a program of `length` numbers stays inside of itself, its weights, a workspace of `floats`, and its images.
+int32_t dspfx_is_safe(const int32_t* program, int64_t length, int64_t first, int64_t weights, int64_t floats,
+                      const int64_t* input_sizes, int64_t inputs, const int64_t* output_sizes, int64_t outputs) {
+    return Check{program, length, weights, floats, input_sizes, output_sizes, inputs, outputs}.all(first);
+}
+
 void dspfx_run(const int32_t* program, int64_t first, const float* weights, float* work, const float* const* inputs,
                float* const* outputs, const int64_t* input_sizes, const int64_t* output_sizes, int64_t images,
                int32_t threads) {
     const Context context = {program, program + first, weights, work, inputs, outputs, input_sizes, output_sizes, 0};
     if (threads == 1 || !images || !*context.first) return run_alone(context, images);
-    auto job = std::make_shared<Job>();
-    job->context = context;
-    for (const int32_t* step = context.first; step[0]; step += step[1]) {
-        job->steps.push_back(step);
-        job->shares.push_back(share_of(step, threads));
-    }
-    job->last = (int64_t)job->steps.size() * images;
-    team_of(threads - 1).run(job);
+    team_of(threads - 1).run(std::make_shared<Job>(context, images, threads));
+}
+
+// The same on somebody else's threads: parallel(pool, work, count, job) calls work(job, i) for every i below count, on
+// however many threads, and returns when all of these calls have.
+void dspfx_run_in(const int32_t* program, int64_t first, const float* weights, float* work, const float* const* inputs,
+                  float* const* outputs, const int64_t* input_sizes, const int64_t* output_sizes, int64_t images,
+                  int32_t threads, void (*parallel)(void* pool, void (*work)(void*, size_t), size_t count, void* job),
+                  void* pool) {
+    const Context context = {program, program + first, weights, work, inputs, outputs, input_sizes, output_sizes, 0};
+    if (threads == 1 || !images || !*context.first) return run_alone(context, images);
+    Job job(context, images, threads);
+    parallel(pool, [](void* j, size_t) { static_cast<Job*>(j)->work(); }, threads, &job);
 }
 }

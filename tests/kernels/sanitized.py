@@ -1,13 +1,14 @@
-"""Runs chains of random convolutions and poolings through a library that is built with AddressSanitizer.
+"""Runs chains of random layers, and damaged programs, through a library that is built with AddressSanitizer.
 
 LD_PRELOAD=$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 python -m tests.kernels.sanitized library.so
 
 A read or write outside of a workspace, an input, an output, the weights or the program ends the process; wrong numbers
-do, too.
+do, too. A damaged program that the library calls safe is run.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dspfx.kernels.engine import Engine
 from dspfx.kernels.library import Library
 
 CASES = 60
+DAMAGED = 400  # programs of each chain
 
 
 def exact(floats: int) -> Any:
@@ -60,10 +62,42 @@ def random_chain(seed: int) -> tuple[Chain, Shape, int]:
     return Chain(1, layers, (8, 1, 4)), shape, 1 + seed % 3
 
 
+def run_damaged(engine: Engine, x: torch.Tensor, generator: np.random.Generator) -> int:
+    """How many of the damaged programs of an engine's last images were safe, and ran."""
+    loaded = next(reversed(engine.loaded.values()))
+    program, library, count = loaded.program, engine.library, 0
+    outputs = [torch.empty((len(x), *shape)) for shape in program.outputs]
+    places = (ctypes.c_void_p * 1)(x.data_ptr()), (ctypes.c_void_p * len(outputs))(*(y.data_ptr() for y in outputs))
+    steps_only = generator.random() < 0.5  # else nearly all damage falls on lists of offsets
+    for _ in range(DAMAGED):
+        steps, floats = program.steps.copy(), program.floats
+        at = generator.integers(program.first if steps_only else 0, len(steps), generator.integers(1, 4))
+        kind = generator.integers(4)
+        if kind == 0:
+            steps[at] += generator.integers(-40, 40, at.size, np.int32)
+        elif kind == 1:
+            steps[at] = generator.choice(np.array([-1, 0, 1, 2**31 - 1, -(2**31), floats - 1, floats], np.int32))
+        elif kind == 2:
+            steps[at] = steps[generator.integers(0, len(steps), at.size)]
+        else:
+            steps = steps[: at.max()].copy()
+        sizes = loaded.input_sizes, 1, loaded.output_sizes, len(outputs)
+        first, weights = program.first, engine.packed.array.size
+        if library.is_safe(steps.ctypes.data, steps.size, first, weights, floats, *sizes):
+            count += 1
+            work = exact(floats)
+            library.run(
+                steps.ctypes.data, first, engine.weights_place, work.ctypes.data, *places,
+                loaded.input_sizes, loaded.output_sizes, len(x), 1,
+            )  # fmt: skip
+    return count
+
+
 def main() -> None:
     library = Library(Path(sys.argv[1]))
     engine_module.library = lambda: library  # type: ignore[assignment]
     engine_module._pages = exact
+    damaged = 0
     for seed in range(CASES):
         chain, shape, threads = random_chain(seed)
         x = torch.randn(2, *shape)
@@ -74,7 +108,9 @@ def main() -> None:
         weight, bias = torch.from_numpy(first.weight), torch.from_numpy(first.bias)
         expected = F.relu(F.conv2d(x, weight, bias, first.stride, first.padding, first.dilation))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        damaged += run_damaged(engine, x, np.random.default_rng(seed))
     print(f"{CASES} chains")
+    assert 0.1 < damaged / (CASES * DAMAGED) < 0.9, damaged  # most changes matter, and not all
 
 
 if __name__ == "__main__":
