@@ -55,6 +55,50 @@ DEFAULT_GATES = GateConfig()
 
 
 @dataclass(frozen=True)
+class BlockConfig:
+    """How weights fall into blocks, and how many of these become alike (MSWU; `dspfx.Unifier`, `dspfx.unify`).
+
+    Attributes:
+        shape: of a block: filters x input channels.
+        prune: the fraction of all blocks that become zero, at least.
+        unify: the fraction of all blocks whose weights get one absolute value, at least, as far as pruning leaves any.
+        layout: "planes" tiles the filters x channels of each kernel position, "gemm" the matrix of filters x (channels
+            x positions).
+        scope: "layer": the fractions hold in each layer; "network": over all layers together, where it costs least.
+        skip: qualified names of layers that stay as they are.
+    """
+
+    shape: tuple[int, int] = (4, 4)
+    prune: float = 0.0
+    unify: float = 0.5
+    layout: Literal["planes", "gemm"] = "planes"
+    scope: Literal["layer", "network"] = "layer"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        if not (isinstance(shape, (tuple, list)) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+            raise ConfigError(f"BlockConfig.shape is {shape!r}; give filters and channels of a block, such as (4, 4).")
+        for name in ("prune", "unify"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ConfigError(f"BlockConfig.{name} is {value!r}; give the fraction of all blocks, from 0 to 1.")
+        if self.prune + self.unify > 1 + 1e-9:
+            raise ConfigError(
+                f"BlockConfig.prune is {self.prune} and .unify {self.unify}, more than all blocks together; both are "
+                "fractions of all blocks: their sum is at most 1."
+            )
+        if self.layout not in ("planes", "gemm"):
+            raise ConfigError(f"BlockConfig.layout is {self.layout!r}; give 'planes' or 'gemm'.")
+        if self.scope not in ("layer", "network"):
+            raise ConfigError(f"BlockConfig.scope is {self.scope!r}; give 'layer' or 'network'.")
+        if isinstance(self.skip, str):
+            raise ConfigError(f"BlockConfig.skip is the string {self.skip!r}; give a tuple of names: ({self.skip!r},).")
+        object.__setattr__(self, "shape", tuple(shape))
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+
+@dataclass(frozen=True)
 class Budget:
     """Fractions of the dense network that REMAIN, each in (0, 1]; all those given hold at once.
 
