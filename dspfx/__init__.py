@@ -1,6 +1,6 @@
 """dspfx: turns a trained convolutional network into a smaller one."""
 
-from dspfx.config import Budget, GateConfig, Inputs
+from dspfx.config import BlockConfig, Budget, GateConfig, Inputs
 from dspfx.coverage import coverage
 from dspfx.deploy.benchmark import benchmark
 from dspfx.deploy.export import export_onnx
@@ -17,15 +17,18 @@ from dspfx.profiler import profile
 from dspfx.remap import remap_ema, remap_optimizer
 from dspfx.selfcheck import selfcheck
 from dspfx.storage import load, save
+from dspfx.unifier import Unifier, unify
 
 __version__ = "0.1.0"
 __all__ = [
+    "BlockConfig",
     "Budget",
     "DspfxError",
     "GateConfig",
     "GroupLearner",
     "Inputs",
     "TensorRTModule",
+    "Unifier",
     "benchmark",
     "build_tensorrt",
     "coverage",
@@ -43,4 +46,5 @@ __all__ = [
     "remap_optimizer",
     "save",
     "selfcheck",
+    "unify",
 ]

@@ -98,7 +98,7 @@ class GroupLearner:
             )
         plan, self._gates = find_gates(gm)
         optimizer = stepping_optimizer(optimizer)
-        check_optimizer(optimizer, self._gates)
+        check_optimizer(optimizer, {gate.name: gate.layer.weight for gate in self._gates})
         if start == "clusters":
             for gate in self._gates:
                 gate.lean_towards_clusters()

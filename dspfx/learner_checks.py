@@ -1,13 +1,14 @@
-"""What a GroupLearner refuses before it begins."""
+"""What a GroupLearner and a Unifier refuse before they begin."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from dspfx.errors import ConfigError, MismatchError
-from dspfx.gates import Gate
 
 
 def check_arguments(total_steps: int, strength: float | str, mode: str, lr: float, start: str) -> None:
@@ -30,21 +31,21 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> None:
-    """Raises MismatchError or ConfigError for an optimizer that a learner cannot follow."""
+def check_optimizer(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> None:
+    """Raises MismatchError or ConfigError for an optimizer that cannot be followed; `weights` are by layer."""
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = [gate.name for gate in gates if gate.layer.weight.requires_grad]
-    missing = [gate.name for gate in gates if gate.layer.weight.requires_grad and id(gate.layer.weight) not in owned]
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    missing = [name for name, weight in trained.items() if id(weight) not in owned]
     if missing:
         raise MismatchError(
-            f"The optimizer does not own {missing[0] + '.weight'!r} ({len(missing)} of {len(trained)} trainable gated "
-            "weights are missing); build it from the parameters of the network that dspfx.prepare returned, or freeze "
-            "those weights with requires_grad_(False)."
+            f"The optimizer does not own {missing[0] + '.weight'!r} ({len(missing)} of {len(trained)} trainable "
+            "weights are missing); build it from the parameters of this very network (what dspfx.prepare returned is "
+            "another one than the model), or freeze those weights with requires_grad_(False)."
         )
     if any(group.get("maximize") for group in optimizer.param_groups):
-        raise ConfigError("The optimizer has maximize=True; GroupLearner minimises a loss: negate it instead.")
+        raise ConfigError("The optimizer has maximize=True, and a loss is minimised here: negate it instead.")
     if any(group.get("lr") is None for group in optimizer.param_groups):
         raise ConfigError(
-            f"A parameter group of {type(optimizer).__name__} has no learning rate (lr is None), and GroupLearner's "
-            "penalty takes steps of that size; give the optimizer one."
+            f"A parameter group of {type(optimizer).__name__} has no learning rate (lr is None), and weights are "
+            "changed in steps of that size; give the optimizer one."
         )

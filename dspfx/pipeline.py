@@ -201,9 +201,8 @@ def lower(
     Args:
         model: a pruned network or any other model.
         example_inputs: as for `prepare`, with the batch and size to be fast at; a prepared network remembers its own.
-        runtime: "eager", "inductor", "onnxruntime", "onnxruntime-native" (with dspfx's kernels as operators, see
-            `export_onnx`), "openvino" or "tensorrt": where the network is to be fast. The result is a torch module all
-            the same, which `dspfx.deploy.runtimes.build` runs there.
+        runtime: "eager", "inductor", "onnxruntime", "onnxruntime-native" (with dspfx's kernels, see `export_onnx`),
+            "openvino" or "tensorrt": where it is to be fast. `dspfx.deploy.runtimes.build` runs the result there.
         tune: "measure" measures, None takes a rule, "auto" measures where example inputs are given here.
         threads: CPU threads of a call while measuring.
         fold: fold batch norms into convolutions; False keeps them, for further training.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import types
 import typing
+import zlib
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from tabulate import tabulate
 
-from dspfx.config import GateConfig
+from dspfx.config import BlockConfig, GateConfig
 from dspfx.errors import ConfigError, StorageError
 
 
@@ -217,3 +219,78 @@ class LowerPlan(Plan):
         headers = ["layer", "form", "filters x channels", "branches", "FLOPs left", "FLOPs run", "ms expected"]
         table = tabulate(rows, headers=headers, disable_numparse=True)
         return f"{table}\nthe lowered network runs {self.flops_run:.1%} of the FLOPs"
+
+
+@dataclass(frozen=True)
+class UnifiedLayer:
+    """The blocks of one weight that are alike.
+
+    Attributes:
+        name: the layer's.
+        shape: its weight's.
+        classes: a digit a block, in the order of `method.blocks.Tiling`, zlib's and base64's: 0 free, 1 unified (one
+            absolute value), 2 pruned (zero).
+        blocks, unified, pruned: how many there are.
+        distortion: how far the weight was from that: the squared distance, of its squared norm.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    classes: str
+    blocks: int
+    unified: int
+    pruned: int
+    distortion: float
+
+    @staticmethod
+    def encode(kinds: bytes) -> str:
+        """`classes` of one byte a block."""
+        return base64.b64encode(zlib.compress(kinds, 9)).decode()
+
+    def kinds(self) -> bytes:
+        """One byte a block; StorageError where `classes` are not those of so many blocks."""
+        try:
+            kinds = zlib.decompressobj().decompress(base64.b64decode(self.classes), self.blocks + 1)
+        except (ValueError, zlib.error) as error:
+            raise StorageError(f"the blocks of {self.name} cannot be read: {error}.") from error
+        found = [len(kinds), kinds.count(1), kinds.count(2), kinds.count(0)]
+        if found != [self.blocks, self.unified, self.pruned, self.blocks - self.unified - self.pruned]:
+            raise StorageError(f"the blocks of {self.name} are not {self.unified} + {self.pruned} of {self.blocks}.")
+        return kinds
+
+
+@dataclass(frozen=True)
+class UnifyPlan(Plan):
+    """Which blocks of which weights are zero, and which have one absolute value."""
+
+    config: BlockConfig
+    layers: tuple[UnifiedLayer, ...]
+
+    @property
+    def unified(self) -> float:
+        """Fraction of all blocks."""
+        return sum(layer.unified for layer in self.layers) / max(sum(layer.blocks for layer in self.layers), 1)
+
+    @property
+    def pruned(self) -> float:
+        """Fraction of all blocks."""
+        return sum(layer.pruned for layer in self.layers) / max(sum(layer.blocks for layer in self.layers), 1)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                layer.blocks,
+                *(f"{part / layer.blocks:.1%}" for part in (layer.unified, layer.pruned)),
+                f"{layer.distortion:.1%}",
+            )
+            for layer in self.layers
+        ]
+        headers = ["layer", "weight", "blocks", "unified", "pruned", "energy moved"]
+        table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4))
+        a, b = self.config.shape
+        return (
+            f"{table}\nof all blocks of {a} x {b} ({self.config.layout}), {self.unified:.1%} are unified and "
+            f"{self.pruned:.1%} pruned"
+        )

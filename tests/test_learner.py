@@ -873,8 +873,9 @@ def test_an_optimizer_of_other_weights_is_refused() -> None:
     with pytest.raises(MismatchError) as caught:
         GroupLearner(net, optimizer, 5)
     assert str(caught.value) == (
-        "The optimizer does not own 'b.weight' (2 of 3 trainable gated weights are missing); build it from the "
-        "parameters of the network that dspfx.prepare returned, or freeze those weights with requires_grad_(False)."
+        "The optimizer does not own 'b.weight' (2 of 3 trainable weights are missing); build it from the parameters of "
+        "this very network (what dspfx.prepare returned is another one than the model), or freeze those weights with "
+        "requires_grad_(False)."
     )
 
 
@@ -882,7 +883,7 @@ def test_an_optimizer_that_maximizes_is_refused() -> None:
     net = build()
     with pytest.raises(ConfigError) as caught:
         GroupLearner(net, torch.optim.SGD(net.parameters(), lr=0.1, maximize=True), 5)
-    assert str(caught.value) == "The optimizer has maximize=True; GroupLearner minimises a loss: negate it instead."
+    assert str(caught.value) == "The optimizer has maximize=True, and a loss is minimised here: negate it instead."
 
 
 @pytest.mark.parametrize("what", ["weight", "gradient"])

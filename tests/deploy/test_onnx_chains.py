@@ -158,7 +158,8 @@ def test_without_kernels_a_file_is_plain_and_says_what_it_lacks(tmp_path: Path) 
 def test_a_network_without_chains_comes_with_the_library_all_the_same(tmp_path: Path) -> None:
     """Whoever deploys need not know what was the fastest."""
     exported = dspfx.export_onnx(nn.Conv2d(3, 4, 3), tmp_path / "a.onnx", IMAGES, kernels=PORTABLE, verbose=False)
-    start(exported.path, tmp_path / "a.portable.so")
+    session = start(exported.path, tmp_path / "a.portable.so")
+    assert session.run(None, {"input0": IMAGES.numpy()})[0].shape == (2, 4, 14, 14)
 
 
 @pytest.mark.parametrize("options", [{"kernels": "AVX1024"}, {"kernels": "native", "precision": "fp16"}])
