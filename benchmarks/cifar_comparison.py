@@ -344,7 +344,8 @@ def main() -> None:
         for name in options.networks:
             run = open_run(options, settings, name, seed)
             if options.time:
-                labels = [p.stem for p in sorted(run.folder.parent.glob("checkpoints/*.json")) if p.stem != "control"]
+                found = sorted(run.folder.glob("*.json"))
+                labels = [p.stem for p in found if p.stem.rpartition("_")[0] in options.methods]
                 write_text(run.folder.parent / "times.json", json.dumps(measure_times(run, labels)))
                 continue
             dense = train_dense(run, options.checkpoints)

@@ -25,6 +25,7 @@ from dspfx.cli.images import Split
 from dspfx.cli.scoring import Score, Tally, evaluate, progress_bar, say
 from dspfx.errors import ConfigError, ModelError
 
+Companion = dspfx.GroupLearner | dspfx.Unifier  # what follows the optimizer, and is stored beside it
 AUXILIARY_WEIGHT = 0.3  # of the heads that googlenet and inception_v3 add in training
 
 
@@ -112,7 +113,7 @@ class Trainer:
         model: nn.Module,
         optimizer: SGD,
         stage: Stage,
-        learner: dspfx.GroupLearner | None = None,
+        learner: Companion | None = None,
         teacher: Teacher | None = None,
     ) -> Progress:
         """Trains `model` in place from the stage's last finished epoch on; raises ModelError when the loss diverges."""
@@ -145,7 +146,7 @@ class Trainer:
         optimizer: SGD,
         stage: Stage,
         epoch: int,
-        learner: dspfx.GroupLearner | None,
+        learner: Companion | None,
         teacher: Teacher | None,
         progress: Progress,
     ) -> None:
@@ -184,7 +185,7 @@ class Trainer:
         optimizer: SGD,
         stage: Stage,
         epoch: int,
-        learner: dspfx.GroupLearner | None,
+        learner: Companion | None,
         teacher: Teacher | None,
     ) -> Score:
         seed = self.recipe.seed * 100_003 + stage.first_epoch + epoch
@@ -200,7 +201,7 @@ class Trainer:
             loss, logits = self._taught(call, teacher, images, labels)
             loss.backward()
             optimizer.step()
-            if learner is not None and learner.mode == "exact":
+            if isinstance(learner, dspfx.GroupLearner) and learner.mode == "exact":
                 learner.step(lambda x=images, y=labels: self._taught(call, teacher, x, y)[0])  # type: ignore[misc]
             tally.add(loss, logits, labels)
             if step % 20 == 19 and not bar.disable:  # reading the loss waits for the device
