@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
 from dspfx.gates import WEIGHED_EVERY, GateBatch, batch_gates, check_finite, check_saved, find_gates
 from dspfx.learner_checks import check_arguments, check_optimizer
 from dspfx.method import grouping
-from dspfx.optimizers import stepping_optimizer
+from dspfx.optimizers import Follower, is_skipped, stepping_optimizer
 from dspfx.second_pass import gradient_at
 from dspfx.steering import Steering
 
@@ -24,7 +23,7 @@ _STATE_VERSION = 2  # 1 had no "steering"
 _COMPARED_EVERY = 100  # steps, and the first: are the ranks still alike?
 
 
-class GroupLearner:
+class GroupLearner(Follower):
     """Learns the groups of every `GatedLayer` of a prepared network beside any training loop.
 
     mode="fused" (default): construct it, and leave the loop as it is. After every optimizer step that really happened
@@ -193,20 +192,6 @@ class GroupLearner:
         self.steps = state["steps"]
         self._generator.set_state(state["generator"].cpu())
 
-    def close(self) -> None:
-        """Takes the hooks off the optimizer; logits and weights stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._due is not None:
             raise ModelError(
@@ -215,10 +200,7 @@ class GroupLearner:
             )
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # With fused=True GradScaler calls step() even on overflow and leaves the decision to the kernel, which also
-        # writes the unscaled gradients back. An ordinary optimizer's step() is not called at all then.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        if is_skipped(optimizer):
             return
         batches = batch_gates(self._gates, self._optimizer, self._scales)
         if self.mode == "exact":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from dspfx.config import BlockConfig
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
 from dspfx.learner_checks import check_optimizer
 from dspfx.method.blocks import PRUNED, UNIFIED, Tiling, projected
-from dspfx.optimizers import stepping_optimizer
+from dspfx.optimizers import Follower, is_skipped, stepping_optimizer
 from dspfx.passes.plan_unify import plan_unify, weights_to_unify
 from dspfx.passes.unify_blocks import classes_of, unify_blocks
 from dspfx.plans import UnifyPlan
@@ -58,7 +57,7 @@ class _Layer:
         self.weight.copy_(self.tiling.join(alike.masked_fill(self.classes == PRUNED, 0.0)))
 
 
-class Unifier:
+class Unifier(Follower):
     """Trains a network towards weights whose blocks are alike (ADMM), then keeps them alike while it trains on.
 
         unifier = dspfx.Unifier(model, optimizer, dspfx.BlockConfig((4, 4), prune=0.3, unify=0.5), total_steps=N)
@@ -188,24 +187,9 @@ class Unifier:
         self.plan, self.steps = plan, state["steps"]
         self._scale, self._largest_rate = state["scale"], state["rate"]
 
-    def close(self) -> None:
-        """Takes the hook off the optimizer; weights stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     @torch.no_grad()
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # of GradScaler with fused=True, see GroupLearner
-        if found_inf is not None and bool(found_inf):
+        if is_skipped(optimizer):
             return
         for layer in self._layers:
             layer.follow()

@@ -480,7 +480,7 @@ def test_what_is_no_optimizer_is_refused() -> None:
     gm = loops.prepared()
     with pytest.raises(ConfigError) as caught:
         dspfx.GroupLearner(gm, [loops.sgd(gm)], 4)  # type: ignore[arg-type]
-    assert str(caught.value) == "GroupLearner got a list as its optimizer; give a torch.optim.Optimizer."
+    assert str(caught.value) == "list is no optimizer that could be followed; give a torch.optim.Optimizer."
 
 
 def test_an_optimizer_without_a_learning_rate_is_refused() -> None:
@@ -490,8 +490,8 @@ def test_an_optimizer_without_a_learning_rate_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         dspfx.GroupLearner(gm, optimizer, 4)
     assert str(caught.value) == (
-        "A parameter group of SGD has no learning rate (lr is None), and GroupLearner's penalty takes steps of that "
-        "size; give the optimizer one."
+        "A parameter group of SGD has no learning rate (lr is None), and weights are changed in steps of that size; "
+        "give the optimizer one."
     )
 
 
