@@ -25,6 +25,10 @@ DEFAULTS: dict[str, Any] = {
     "one_shot": False,
     "dense_control": False,
     "cycles": 1,
+    "unify": 0.0,
+    "prune_blocks": 0.0,
+    "block": "4x4",
+    "bits": 8,
     "distill": 0.0,
     "temperature": 4.0,
     "lr": 0.05,
@@ -44,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares every option of `compress`."""
     _add_what(parser.add_argument_group("what"))
     _add_how(parser.add_argument_group("how far and how"))
+    _add_size(parser.add_argument_group("a small file: blocks of weights that are alike (weight unification)"))
     _add_training(parser.add_argument_group("training"))
     _add_images(parser.add_argument_group("images"))
     machine = parser.add_argument_group("machine")
@@ -100,6 +105,29 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         action="store_true",
         default=None,
         help="also train the dense network for as many epochs, without pruning or a teacher, to compare",
+    )
+
+
+def _add_size(size: argparse._ArgumentGroup) -> None:
+    size.add_argument(
+        "--unify",
+        type=float,
+        metavar="SHARE",
+        help="of all blocks get one absolute value each, after fine-tuning; compressed.safetensors is the file "
+        f"{_default('unify')}",
+    )
+    size.add_argument(
+        "--prune-blocks", type=float, metavar="SHARE", help=f"of all blocks become zero {_default('prune_blocks')}"
+    )
+    size.add_argument("--block", metavar="AxB", help=f"filters x input channels {_default('block')}")
+    size.add_argument(
+        "--bits", type=int, help=f"of a value in the file, from 2 to 8; 32: exactly as trained {_default('bits')}"
+    )
+    size.add_argument(
+        "--epochs-unify",
+        type=int,
+        metavar="N",
+        help="towards blocks that are alike, and as many with them, at --lr-tune (default: digits 5, otherwise 30)",
     )
 
 

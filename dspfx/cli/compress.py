@@ -22,6 +22,7 @@ from dspfx.cli.machine import Machine, set_machine
 from dspfx.cli.options import Settings, read_settings
 from dspfx.cli.scoring import evaluate, recalibrate, say
 from dspfx.cli.training import Progress, Trainer
+from dspfx.cli.unifying import compressed, unify
 from dspfx.config import Budget
 from dspfx.deploy.benchmark import Results
 from dspfx.deploy.compete import Contest
@@ -75,6 +76,8 @@ def _run(settings: Settings, machine: Machine, out: Path) -> None:
     gm = dspfx.prepare(dense, example, settings.gates)
     curves["learn"] = learn(gm, settings, trainer)
     plan, curves["tune"] = prune_and_tune(gm, dense, single, settings, trainer)
+    if settings.is_unified:
+        unified, curves["unify"] = unify(gm, settings, trainer)
     controls: dict[str, nn.Module] = {}
     if settings.dense_control:
         controls["control"], curves["control"] = train_control(dense, settings, trainer)
@@ -84,6 +87,9 @@ def _run(settings: Settings, machine: Machine, out: Path) -> None:
             check_equal(gm, small, example)
             write_text(out / "plan.json", plan.to_json())
             networks = {"dense": dense, "pruned": gm, "lowered": small, **controls}
+            if settings.is_unified:
+                write_text(out / "unify_plan.json", unified.to_json())
+                networks["compressed"] = compressed(gm, dense, settings, out / "compressed.safetensors")
             measured = measure(networks, data, single, plan, settings, out)
             report.write(out, settings, machine, plan, measured, contest, {n: p.curve for n, p in curves.items()})
     ranks.wait()
@@ -233,7 +239,7 @@ def measure(
     for name, network in networks.items():
         if name in ("pruned", "lowered"):
             dspfx.save(network, files[name])
-        else:
+        elif name != "compressed":
             state = {key: value.contiguous() for key, value in network.state_dict().items()}
             write_atomically(files[name], lambda part, state=state: safetensors.torch.save_file(state, part))  # type: ignore[misc]
     timing = time_together(networks, single, settings)
@@ -241,7 +247,7 @@ def measure(
     rows = []
     for name, network in networks.items():
         profile = dspfx.profile(network, single.to("meta"))
-        is_compressed = name in ("pruned", "lowered")
+        is_compressed = name in ("pruned", "lowered", "compressed")
         rows.append(
             report.Row(
                 name=name,

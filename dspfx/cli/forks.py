@@ -17,7 +17,7 @@ from dspfx.errors import ConfigError
 # What comes after learning, and what compares: a fork may have its own.
 AFTERWARDS = (
     "fork", "budget", "runtime", "epochs_tune", "lr_tune", "cycles", "distill", "temperature", "one_shot",
-    "dense_control",
+    "dense_control", "unify", "prune_blocks", "block", "bits", "epochs_unify",
 )  # fmt: skip
 
 

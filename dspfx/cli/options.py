@@ -11,18 +11,19 @@ from dspfx.cli.arguments import DEFAULTS, share
 from dspfx.cli.data import DataConfig
 from dspfx.cli.distill import Distill
 from dspfx.cli.training import Recipe, Stage
-from dspfx.config import Budget, GateConfig
+from dspfx.config import BlockConfig, Budget, GateConfig
 from dspfx.deploy.runtimes import find_runtime
 from dspfx.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Epochs:
-    """Epochs of each stage: the dense network, learning its groups, fine-tuning what is left."""
+    """Epochs of each stage: the dense network, learning its groups, fine-tuning what is left, unifying (twice)."""
 
     dense: int
     learn: int
     tune: int
+    unify: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -31,8 +32,15 @@ class Epochs:
 
 
 # What depends on the data; digits take minutes on two cores.
-QUICK = {"epochs_dense": 10, "epochs_learn": 6, "epochs_tune": 10, "batch_size": 64, "lr_tune": 0.1}
-FULL = {"epochs_dense": 120, "epochs_learn": 60, "epochs_tune": 60, "batch_size": 128, "lr_tune": 0.05}
+QUICK = {"epochs_dense": 10, "epochs_learn": 6, "epochs_tune": 10, "epochs_unify": 5, "batch_size": 64, "lr_tune": 0.1}
+FULL = {
+    "epochs_dense": 120,
+    "epochs_learn": 60,
+    "epochs_tune": 60,
+    "epochs_unify": 30,
+    "batch_size": 128,
+    "lr_tune": 0.05,
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Settings:
     lr: float
     lr_tune: float
     cycles: int
+    blocks: BlockConfig
+    bits: int
     distill: Distill
     gates: GateConfig
     budget: Budget
@@ -73,6 +83,8 @@ class Settings:
                 f"--cycles is {self.cycles}, with {self.epochs.tune} epochs of fine-tuning; give at least 1, and an "
                 "epoch (--epochs-tune) for each."
             )
+        if self.bits != 32 and not 2 <= self.bits <= 8:
+            raise ConfigError(f"--bits is {self.bits}; give 2 to 8, or 32 for values as they were trained.")
         if self.distill.share > 0 and self.epochs.tune == 0:
             raise ConfigError("--distill is for fine-tuning, and there is none; give --epochs-tune, or leave it out.")
         if self.distill.share > 0 and not self.is_dense_trained:
@@ -95,10 +107,16 @@ class Settings:
         """False where the dense network is one of random weights."""
         return self.checkpoint is not None or self.epochs.dense > 0
 
+    @property
+    def is_unified(self) -> bool:
+        """Whether blocks of weights become alike."""
+        return self.blocks.unify + self.blocks.prune > 0
+
     def stage(self, name: str) -> Stage:
-        """The stage called dense, learn or control; control sees what learning and then fine-tuning see."""
+        """The stage called dense, learn or control; control sees what all after the dense training see."""
         learn = (self.epochs.learn, self.lr)
-        tuning = tuple(cycle for _, stage in self.tuning() for cycle in stage.cycles)
+        after = [stage for _, stage in self.tuning()] + (self.unifying() if self.epochs.unify else [])
+        tuning = tuple(cycle for stage in after for cycle in stage.cycles)
         return {
             "dense": Stage("dense", ((self.epochs.dense, self.lr),)),
             "learn": Stage("learn", (learn,), keep="last"),
@@ -121,6 +139,14 @@ class Settings:
             first += epochs
         return found
 
+    def unifying(self) -> list[Stage]:
+        """Towards blocks that are alike, and with them."""
+        first, cycle = self.epochs.learn + self.epochs.tune, (self.epochs.unify, self.lr_tune)
+        return [
+            Stage("unify", (cycle,), first_epoch=first, keep="last"),
+            Stage("settle", (cycle,), first_epoch=first + self.epochs.unify),
+        ]
+
     def flat(self) -> dict[str, Any]:
         """Option -> value, for the files of a run."""
         result: dict[str, Any] = {}
@@ -131,6 +157,9 @@ class Settings:
                 result["budget"] = [f"{what}={share}" for what, share in value.items() if share is not None]
             elif name == "gates":
                 result["groups"] = value["groups"]
+            elif name == "blocks":
+                a, b = value["shape"]
+                result |= {"unify": value["unify"], "prune_blocks": value["prune"], "block": f"{a}x{b}"}
             elif name == "distill":
                 result |= {"distill": value["share"], "temperature": value["temperature"]}
             elif name in ("data", "recipe"):
@@ -139,6 +168,14 @@ class Settings:
                 result[name] = value
         result["data"] = result.pop("spec")
         return result
+
+
+def block_shape(text: str) -> tuple[int, int]:
+    """The type of --block: "4x4" -> (4, 4)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ConfigError(f"--block is {text!r}; give filters x input channels, such as 4x4 or 16x1.")
+    return int(parts[0]), int(parts[1])
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
@@ -167,10 +204,17 @@ def read_settings(args: argparse.Namespace) -> Settings:
             seed=found["seed"],
         ),
         recipe=Recipe(found["batch_size"], found["weight_decay"], found["label_smoothing"], found["seed"]),
-        epochs=Epochs(found["epochs_dense"], found["epochs_learn"], 0 if found["one_shot"] else found["epochs_tune"]),
+        epochs=Epochs(
+            found["epochs_dense"],
+            found["epochs_learn"],
+            0 if found["one_shot"] else found["epochs_tune"],
+            0 if found["one_shot"] or not found["unify"] + found["prune_blocks"] else found["epochs_unify"],
+        ),
         lr=found["lr"],
         lr_tune=found["lr_tune"],
         cycles=found["cycles"],
+        blocks=BlockConfig(block_shape(found["block"]), found["prune_blocks"], found["unify"]),
+        bits=found["bits"],
         distill=Distill(found["distill"], found["temperature"]),
         gates=GateConfig(groups=found["groups"]),
         budget=Budget(**dict(share(part) if isinstance(part, str) else part for part in found["budget"])),

@@ -158,6 +158,23 @@ def zero_redundancy() -> Any:
     return learn_and_prune(DistributedDataParallel, optimize=optimize)
 
 
+def unified() -> Any:
+    """ADMM, projection and training on, of a network that DistributedDataParallel wraps where there are ranks."""
+    torch.manual_seed(0)
+    model = Net().double()
+    call = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = sgd(model)
+    with dspfx.Unifier(model, optimizer, dspfx.BlockConfig((2, 2), 0.25, 0.5), STEPS, every=2) as unifier:
+        for phase in range(2):
+            for images, labels in (share(*batch) for batch in batches()):
+                optimizer.zero_grad()
+                F.cross_entropy(call(images), labels).backward()
+                optimizer.step()
+            if phase == 0:
+                plan = unifier.project().to_json()
+    return {"plan": plan, "tuned": state(model)}
+
+
 def refusals() -> Any:
     """The messages of what each rank has to refuse, whichever rank is to blame."""
 
@@ -175,8 +192,16 @@ def refusals() -> Any:
             F.cross_entropy(gm(torch.ones(2, 3, 8, 8, dtype=torch.float64)), torch.tensor([0, 1])).backward()
             optimizer.step()
 
+    def unify_apart(distributed: bool) -> None:
+        torch.manual_seed(dist.get_rank())
+        model = Net()
+        dspfx.Unifier(model, sgd(model), dspfx.BlockConfig(), STEPS, distributed=distributed)
+
     shard = sharded(build())
     return {
+        "unified apart": message(lambda: unify_apart(True)),
+        "unified apart, each its own": message(lambda: unify_apart(False)),
+        "sharded, unified": message(lambda: dspfx.Unifier(shard, sgd(shard), dspfx.BlockConfig(), 1)),
         "other weights": message(lambda: train_apart(True)),
         "other weights, each its own": message(lambda: train_apart(False)),
         "other weights, pruned": message(lambda: dspfx.prune(build(seed=dist.get_rank()), BUDGET)),
@@ -218,6 +243,7 @@ def measured_by_first() -> Any:
 
 SCENARIOS = (
     fused_ddp, exact_ddp, accumulated_ddp, fused_fsdp, zero_redundancy, command_line, refusals, measured_by_first,
+    unified,
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from typing import Any
@@ -80,6 +81,17 @@ def test_the_command_line_trains_as_one_process_does(results: Any, world: int) -
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_blocks_become_alike_as_on_one_process(results: Any, world: int) -> None:
+    expected = scenarios.unified()
+    for found in (ranks["unified"] for ranks in results(world)):
+        assert "error" not in found, found["error"]
+        classes = [[layer["classes"] for layer in json.loads(run["plan"])["layers"]] for run in (found, expected)]
+        assert classes[0] == classes[1]
+        for name, value in found["tuned"].items():
+            assert torch.allclose(value, expected["tuned"][name], rtol=1e-9, atol=1e-11), name
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_all_ranks_refuse_what_one_of_them_cannot_do(results: Any, world: int) -> None:
     for found in (ranks["refusals"] for ranks in results(world)):
         assert "error" not in found, found["error"]
@@ -90,7 +102,9 @@ def test_all_ranks_refuse_what_one_of_them_cannot_do(results: Any, world: int) -
         assert found["other logits"].startswith("MismatchError: a.gate_logits on rank 1 differs")
         assert re.match("BudgetError: .* is below what this network can reach", found["budget"])
         assert found["sharded, exact"].startswith("ConfigError: GroupLearner with mode='exact'")
-        for call in ("lowered", "latency"):
+        assert found["unified apart"].startswith("MismatchError: stem.weight on rank 1 differs")
+        assert found["unified apart, each its own"] == "accepted"
+        for call in ("lowered", "latency", "unified"):
             assert "is sharded over the ranks. Gather its state_dict" in found[f"sharded, {call}"]
 
 
