@@ -16,7 +16,7 @@ from dspfx.pipeline import lower, prepare, prune
 from dspfx.profiler import profile
 from dspfx.remap import remap_ema, remap_optimizer
 from dspfx.selfcheck import selfcheck
-from dspfx.storage import load, save
+from dspfx.storage import load, read_compressed, save, write_compressed
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,9 +38,11 @@ __all__ = [
     "prepare",
     "profile",
     "prune",
+    "read_compressed",
     "register_rule",
     "remap_ema",
     "remap_optimizer",
     "save",
     "selfcheck",
+    "write_compressed",
 ]
