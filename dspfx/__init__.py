@@ -16,7 +16,7 @@ from dspfx.pipeline import lower, prepare, prune
 from dspfx.profiler import profile
 from dspfx.remap import remap_ema, remap_optimizer
 from dspfx.selfcheck import selfcheck
-from dspfx.storage import load, save
+from dspfx.storage import load, read_compressed, save, write_compressed
 from dspfx.unifier import Unifier, unify
 
 __version__ = "0.1.0"
@@ -41,10 +41,12 @@ __all__ = [
     "prepare",
     "profile",
     "prune",
+    "read_compressed",
     "register_rule",
     "remap_ema",
     "remap_optimizer",
     "save",
     "selfcheck",
     "unify",
+    "write_compressed",
 ]
