@@ -21,7 +21,7 @@ def test_every_name_it_mentions_is_public() -> None:
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example, deployment, kernels = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    example, deployment, kernels, unification = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(example, str(README), "exec"), names)
@@ -40,5 +40,18 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for runtime in ("onnxruntime", "openvino", "torch", "kernels"):
         found = torch.as_tensor(names[f"by_{runtime}"]).detach()
         assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())), runtime
-    files = ["fast.avx2.so", "fast.onnx", "small.bin", "small.onnx", "small.pt2", "small.safetensors", "small.xml"]
+    exec(compile(unification, str(README), "exec"), names)
+    with torch.no_grad():
+        expected, found = names["gm"].eval()(images), names["restored"].eval()(images)
+    assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), 0) > 0.99
+    files = [
+        "fast.avx2.so",
+        "fast.onnx",
+        "network.safetensors",
+        "small.bin",
+        "small.onnx",
+        "small.pt2",
+        "small.safetensors",
+        "small.xml",
+    ]
     assert sorted(file.name for file in tmp_path.iterdir()) == files

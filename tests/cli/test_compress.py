@@ -21,6 +21,7 @@ from dspfx.cli.data import DataConfig, load_data
 from dspfx.config import Inputs
 from dspfx.deploy.costs import MEASURED_IN
 from dspfx.deploy.runtimes import RUNTIMES, Runtime
+from dspfx.plans import UnifyPlan
 
 DATA = ["--image-size", "16", "--limit-train", "200", "--threads", "1", "--device", "cpu"]
 EPOCHS = ["--epochs-dense", "2", "--epochs-learn", "3", "--epochs-tune", "3"]
@@ -118,6 +119,35 @@ def test_one_shot_trains_nothing(finished: Path, tmp_path: Path) -> None:
     assert results["curves"] == {"dense": [], "learn": [], "tune": []}
     assert results["networks"]["dense"]["test"] == read(finished)["networks"]["dense"]["test"]
     assert 0.5 < results["left"]["flops"] <= 0.6
+
+
+UNIFY = ("--unify", "0.5", "--prune-blocks", "0.25", "--block", "4x2")
+
+
+def test_blocks_become_alike_and_the_file_small(finished: Path, tmp_path: Path) -> None:
+    """Interrupted before the last stage and before its results, too."""
+    epochs = ("--epochs-tune", "1", "--epochs-unify", "1", "--bits", "6", "--dense-control")
+    fork = ["compress", "--fork", str(finished), "--out", str(tmp_path), *DATA[4:], *UNIFY, *epochs]
+    assert main(fork) == 0
+    results, file = read(tmp_path), tmp_path / "compressed.safetensors"
+    assert {name: len(curve) for name, curve in results["curves"].items() if name != "dense"} == {
+        "learn": 3, "tune": 1, "unify": 2, "control": 6,
+    }  # fmt: skip
+    plan = UnifyPlan.from_json((tmp_path / "unify_plan.json").read_text())
+    assert plan.config == dspfx.BlockConfig((4, 2), 0.25, 0.5)
+    assert plan.unified >= 0.49
+    pruned, small = results["networks"]["pruned"], results["networks"]["compressed"]
+    assert small["file_bytes"] == file.stat().st_size < 0.15 * pruned["file_bytes"]
+    assert small["test"]["accuracy"] == pytest.approx(pruned["test"]["accuracy"], abs=0.1)
+    before = file.read_bytes()
+    for name in ("results.json", "compressed.safetensors", "checkpoints/settle.pt"):
+        (tmp_path / name).unlink()
+    assert main(fork) == 0
+    assert file.read_bytes() == before
+    one_shot = [*command(tmp_path / "one", "--fork", str(finished), "--one-shot"), *UNIFY, "--bits", "32"]
+    assert main(one_shot) == 0
+    networks = read(tmp_path / "one")["networks"]
+    assert networks["compressed"]["test"] == networks["pruned"]["test"]
 
 
 def test_control_trains_as_long_as_the_pruned_network(finished: Path, tmp_path: Path) -> None:
