@@ -15,9 +15,11 @@ from torch import nn
 
 import dspfx
 from dspfx.__main__ import main
-from dspfx.cli import export
+from dspfx.cli import export, verify
 from dspfx.deploy.onnx_file import read_graph, read_metadata
 from dspfx.deploy.tensorrt_ops import operations
+from dspfx.kernels.library import library_or_none
+from dspfx.passes.fuse_native import fuse_native
 from tests.deploy import fake_tensorrt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +64,22 @@ def test_every_kind_beside_the_network(file: Path, capsys: pytest.CaptureFixture
     ]
     assert [row[-1] for row in table[1:]] == ["1.000"] * 3  # the same network on both sides
     assert [line.split("rounds; ")[1].split()[0] for line in lines[-3:]] == ["eager,", "onnxruntime", "openvino"]
+
+
+@pytest.mark.skipif(library_or_none() is None, reason="the native kernels need a C++ compiler")
+def test_the_kernels_go_along_and_the_file_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    lowered = dspfx.lower(model, torch.zeros(2, 3, 16, 16), tune=None)
+    dspfx.save(fuse_native(lowered), tmp_path / "network.safetensors")
+    text = shown(capsys, tmp_path / "network.safetensors", "--kernels", "portable")
+    assert "with dspfx's kernels for portable" in text
+    assert "onnxruntime-native" in text.splitlines()[-1]
+    assert {"network.onnx", "network.portable.so"} <= {x.name for x in tmp_path.iterdir()}
+    (tmp_path / "network.portable.so").write_bytes(b"not what is loaded")
+    images = torch.randn(3, 3, 16, 16)
+    found = verify.opened(tmp_path / "network.onnx", tmp_path).call(images)
+    assert torch.allclose(found, model.eval()(images), atol=1e-6)
 
 
 def test_a_record_instead_of_the_table(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
