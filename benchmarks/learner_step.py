@@ -5,7 +5,9 @@
 One step is zero_grad, forward, backward, optimizer.step and, in exact mode, learner.step. A round times one step of
 each variant, in alternating order; the figure is the median over rounds of the ratio to the plain step of the same
 round, so that a machine that slows down slows all of them. With two ranks a step ends when both have ended theirs.
-Memory is the peak of a process of its own for each variant, above what it held before there was a network.
+"unify" is a step with a Unifier that projects at every step (by default it does at every twentieth part of a
+training), "alike" one after its projection. Memory is the peak of a process of its own for each variant, above what it
+held before there was a network.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ class Case:
 
 
 CASES = (
-    Case("resnet20", 32, 128, {"plain": 1.0, "fused": 1.10, "exact": 2.10}),
-    Case("resnet50", 224, 8, {"plain": 1.0, "fused": 1.05}),
+    Case("resnet20", 32, 128, {"plain": 1.0, "fused": 1.10, "exact": 2.10, "unify": 1.10, "alike": 1.10}),
+    Case("resnet50", 224, 8, {"plain": 1.0, "fused": 1.05, "alike": 1.10}),
     Case("resnet20", 32, 64, {"plain": 1.0, "fused": 1.10}, ranks=2),
 )
 
@@ -76,12 +78,16 @@ def make_step(case: Case, mode: str, device: str) -> Callable[[], None]:
     images = torch.randn(case.batch, 3, case.size, case.size, device=device)
     labels = torch.randint(10, (case.batch,), device=device)
     model = build(case)
-    if mode != "plain":
+    if mode in ("fused", "exact"):
         model = dspfx.prepare(model, torch.zeros(2, 3, case.size, case.size))
     model.to(device)
     call = DistributedDataParallel(model) if case.ranks > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-    learner = None if mode == "plain" else GroupLearner(model, optimizer, 1000, mode=mode)  # type: ignore[arg-type]
+    learner = GroupLearner(model, optimizer, 1000, mode=mode) if mode in ("fused", "exact") else None  # type: ignore[arg-type]
+    if mode in ("unify", "alike"):
+        unifier = dspfx.Unifier(model, optimizer, dspfx.BlockConfig((4, 4), prune=0.3, unify=0.5), 1000, every=1)
+        if mode == "alike":
+            unifier.project()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

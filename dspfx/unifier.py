@@ -13,7 +13,7 @@ from dspfx import ranks
 from dspfx.config import BlockConfig
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
 from dspfx.learner_checks import check_optimizer
-from dspfx.method.blocks import PRUNED, UNIFIED, Tiling, projected
+from dspfx.method.blocks import FREE, UNIFIED, Tiling, projected
 from dspfx.optimizers import Follower, is_skipped, stepping_optimizer
 from dspfx.passes.plan_unify import plan_unify, weights_to_unify
 from dspfx.passes.unify_blocks import classes_of, unify_blocks
@@ -34,12 +34,13 @@ class _Layer:
     tiling: Tiling
     dual: Tensor
     target: Tensor
-    classes: Tensor | None = None  # [blocks, 1]
-    signs: Tensor | None = None  # [blocks, a * b] of -1, 0 and 1
+    signs: Tensor | None = None  # like the weight: its sign in unified blocks, else 0
+    free: Tensor | None = None  # like the weight: 1 in free blocks, else 0
+    living: Tensor | None = None  # by block: how many weights a sign has
 
     def follow(self) -> None:
         """Goes where the network has gone since."""
-        for key in ("dual", "target", "classes", "signs"):
+        for key in ("dual", "target", "signs", "free", "living"):
             value = getattr(self, key)
             if value is not None and value.device != self.weight.device:
                 setattr(self, key, value.to(self.weight.device))
@@ -49,12 +50,20 @@ class _Layer:
 
         Of a step along the gradient this is the step of the one shared value, scaled by the size of its block.
         """
-        assert self.classes is not None
         assert self.signs is not None
-        blocks = self.tiling.split(self.weight)
-        value = (blocks * self.signs).sum(1, keepdim=True) / self.signs.abs().sum(1, keepdim=True).clamp(min=1)
-        alike = torch.where(self.classes == UNIFIED, self.signs * value.clamp(min=0), blocks)
-        self.weight.copy_(self.tiling.join(alike.masked_fill(self.classes == PRUNED, 0.0)))
+        assert self.free is not None
+        weight, signs, free = (self.tiling.spread(x) for x in (self.weight, self.signs, self.free))
+        if self.living is None:
+            self.living = _block_sums(signs.abs()).clamp_(min=1)
+        value = _block_sums(weight * signs).div_(self.living).clamp_(min=0)
+        weight.mul_(free).addcmul_(signs, value.expand(-1, -1, -1, signs.shape[3], *value.shape[4:]).contiguous())
+        if weight.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():
+            self.weight.copy_(self.tiling.gathered(weight))
+
+
+def _block_sums(spread: Tensor) -> Tensor:
+    """[R, a, S, b, *kernel] -> [R, 1, S, 1, *kernel]; filters first, along which memory is read in long runs."""
+    return spread.sum(1, keepdim=True).sum(3, keepdim=True)
 
 
 class Unifier(Follower):
@@ -172,15 +181,16 @@ class Unifier(Follower):
         for name in held | own:
             if name not in held or name not in own:
                 raise MismatchError(f"The Unifier state and the network disagree about the layer {name}.")
-            size = held[name].numel() if plan else held[name]["dual"].shape
-            expected = own[name].tiling.split(own[name].weight.detach()).numel() if plan else own[name].weight.shape
-            if size != expected:
-                raise MismatchError(f"The Unifier state has {size} for {name}, the network {expected}.")
+            shapes = (held[name] if plan else held[name]["dual"]).shape, own[name].weight.shape
+            if shapes[0] != shapes[1]:
+                raise MismatchError(f"The Unifier state has {shapes[0]} for {name}, the network {shapes[1]}.")
         if plan is not None:
             self._fix(plan)
         for layer in self._layers:
             if plan is not None:
-                layer.signs = held[layer.name].to(layer.weight)
+                assert layer.signs is not None
+                layer.signs.copy_(held[layer.name])
+                layer.living = None
             else:
                 layer.dual.copy_(held[layer.name]["dual"])
                 layer.target.copy_(held[layer.name]["target"])
@@ -240,11 +250,14 @@ class Unifier(Follower):
 
     def _fix(self, plan: UnifyPlan) -> None:
         """The blocks' classes, and the signs that they have now."""
-        weights = {layer.name: layer.weight for layer in self._layers}
-        fits = classes_of(plan, weights)
+        fits = classes_of(plan, {layer.name: layer.weight for layer in self._layers})
         for layer in self._layers:
-            layer.classes = fits[layer.name][1][:, None].to(layer.weight.device)
-            layer.signs = layer.tiling.split(layer.weight.detach()).sign()
+            kinds = fits[layer.name][1][:, None].to(layer.weight.device).expand(-1, math.prod(self.config.shape))
+            unified, free = (layer.tiling.join(kinds == kind).to(layer.weight) for kind in (UNIFIED, FREE))
+            layer.signs, layer.free = torch.empty_like(layer.weight), torch.empty_like(layer.weight)  # strided alike
+            layer.signs.copy_(layer.weight.sign() * unified)
+            layer.free.copy_(free)
+            layer.living = None
 
     def _compare(self) -> None:
         """MismatchError where the ranks' weights differ."""

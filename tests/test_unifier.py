@@ -178,6 +178,19 @@ def test_what_pruning_dropped_stays_zero_and_blocks_alike() -> None:
     assert torch.allclose(small(images), gm.eval()(images), atol=1e-5)
 
 
+def test_lowering_takes_out_what_pruned_blocks_leave_dead() -> None:
+    """Blocks that are whole filters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten()).eval()
+    plan = dspfx.unify(model, dspfx.BlockConfig((1, 27), prune=0.5, unify=0.0, layout="gemm", skip=("2",)))
+    assert plan.layers[0].pruned == 4
+    small = dspfx.lower(model, torch.zeros(2, 3, 8, 8), tune=None)
+    first, second = (m for m in small.modules() if isinstance(m, nn.Conv2d))
+    assert (first.out_channels, second.in_channels) == (4, 4)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(small(images), model(images), atol=1e-6)
+
+
 @pytest.mark.parametrize("is_projected", [False, True])
 def test_a_resumed_run_is_the_uninterrupted_one(is_projected: bool) -> None:
     def begin() -> tuple[Any, Any, Any]:

@@ -49,25 +49,35 @@ class Tiling:
         """Blocks of the weight."""
         return math.prod(self.grid)
 
-    def split(self, weight: Tensor) -> Tensor:
-        """[blocks, a * b], a block's weights row by row; zeros where it reaches over the edge."""
-        planes, rows, columns = self.planes
+    def spread(self, weight: Tensor) -> Tensor:
+        """[blocks down, a, blocks across, b, *kernel], a view of the weight where it can be one; padded with zeros."""
+        _, rows, columns = self.planes
         _, down, across = self.grid
         a, b = self.block
-        stacked = weight.reshape(1, rows, columns) if self.layout == "gemm" else weight.reshape(rows, columns, planes)
-        if self.layout != "gemm":
-            stacked = stacked.permute(2, 0, 1)
-        padded = torch.nn.functional.pad(stacked, (0, across * b - columns, 0, down * a - rows))
-        return padded.reshape(planes, down, a, across, b).transpose(2, 3).reshape(-1, a * b)
+        whole = weight.flatten(1) if self.layout == "gemm" else weight
+        if (rows, columns) != (down * a, across * b):
+            kernel = [0, 0] * (whole.dim() - 2)
+            whole = torch.nn.functional.pad(whole, (*kernel, 0, across * b - columns, 0, down * a - rows))
+        return whole.unflatten(1, (across, b)).unflatten(0, (down, a))
+
+    def gathered(self, spread: Tensor) -> Tensor:
+        """The weight that `spread` made this of; what was padded is dropped."""
+        _, rows, columns = self.planes
+        return spread.flatten(2, 3).flatten(0, 1)[:rows, :columns].reshape(self.shape)
+
+    def split(self, weight: Tensor) -> Tensor:
+        """[blocks, a * b], a block's weights row by row; zeros where it reaches over the edge."""
+        spread = self.spread(weight)
+        a, b = self.block
+        return spread.permute(*range(4, spread.dim()), 0, 2, 1, 3).reshape(-1, a * b)
 
     def join(self, blocks: Tensor) -> Tensor:
         """The weight that `split` made these blocks of; what reaches over the edge is dropped."""
-        planes, rows, columns = self.planes
         _, down, across = self.grid
-        a, b = self.block
-        padded = blocks.reshape(planes, down, across, a, b).transpose(2, 3).reshape(planes, down * a, across * b)
-        stacked = padded[:, :rows, :columns]
-        return (stacked if self.layout == "gemm" else stacked.permute(1, 2, 0)).reshape(self.shape)
+        kernel = () if self.layout == "gemm" else self.shape[2:]
+        last = len(kernel)
+        spread = blocks.reshape(*kernel, down, across, *self.block)
+        return self.gathered(spread.permute(last, last + 2, last + 1, last + 3, *range(last)))
 
 
 def magnitudes(blocks: Tensor, alive: Tensor) -> Tensor:
