@@ -154,8 +154,8 @@ def test_a_network_that_the_runtime_rejects_is_named() -> None:
 
 def test_an_unknown_runtime_is_refused() -> None:
     message = (
-        "runtime is 'fast', which dspfx does not know; give one of 'eager', 'inductor', 'onnxruntime', 'openvino', "
-        "'tensorrt'."
+        "runtime is 'fast', which dspfx does not know; give one of 'eager', 'inductor', 'onnxruntime', "
+        "'onnxruntime-native', 'openvino', 'tensorrt'."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         benchmark({"model": nn.ReLU()}, IMAGE, runtime="fast")

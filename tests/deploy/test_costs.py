@@ -310,4 +310,4 @@ def test_nothing_is_printed_while_measuring(folder: Path, capfd: pytest.CaptureF
                 for case in CASES.values():
                     table(case)
     assert tuple(capfd.readouterr()) == ("", "")
-    assert costs.MEASURED_IN == {"inductor": "eager", "tensorrt": "eager"}
+    assert costs.MEASURED_IN == {"inductor": "eager", "tensorrt": "eager", "onnxruntime-native": "onnxruntime"}

@@ -284,8 +284,8 @@ def test_other_numbers_than_eager_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_unknown_runtimes_are_refused() -> None:
     message = (
-        "runtime is 'onnx', which dspfx does not know; give one of 'eager', 'inductor', 'onnxruntime', 'openvino', "
-        "'tensorrt'."
+        "runtime is 'onnx', which dspfx does not know; give one of 'eager', 'inductor', 'onnxruntime', "
+        "'onnxruntime-native', 'openvino', 'tensorrt'."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         build("onnx", nn.ReLU(), IMAGES)
