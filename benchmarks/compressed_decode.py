@@ -26,8 +26,9 @@ from torch import nn
 
 import dspfx
 from dspfx.cli.models import build
+from dspfx.config import BlockConfig
 from dspfx.method.blocks import FREE, UNIFIED, Tiling, counts, distortions, magnitudes, projected, select
-from dspfx.storage.streams import compress, decompress, pack_trits
+from dspfx.storage.streams import compress, decompress, pack, pack_trits
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -72,7 +73,7 @@ def median_ms(work: Callable[[], object], rounds: int) -> float:
     return 1e3 * statistics.median(taken)
 
 
-def table_of_settings(model: nn.Module, fresh: nn.Module, rounds: int, config: dspfx.BlockConfig) -> str:
+def table_of_settings(model: nn.Module, fresh: nn.Module, rounds: int, config: BlockConfig) -> str:
     """Bytes on disk and the time to read them, for each setting."""
     rows = []
     parameters = sum(p.numel() for p in model.parameters())
@@ -125,7 +126,7 @@ def table_of_coders(symbols: dict[str, list[np.ndarray]], rounds: int) -> str:
             coder.encode_reverse(layer.astype(np.int32), models[-1])
             ans.append(coder.get_compressed())
         table_bytes = sum(int(layer.max()) + 1 for layer in layers)
-        frames = [compress([pack_trits(layer) if name == "classes" else layer.tobytes()]) for layer in layers]
+        frames = [_frame(name, layer) for layer in layers]
         rows.append(
             [
                 name,
@@ -139,6 +140,14 @@ def table_of_coders(symbols: dict[str, list[np.ndarray]], rounds: int) -> str:
         )
     header = ["symbols", "number", "entropy in bytes", "constriction", "zstd", "constriction ms", "zstd ms"]
     return tabulate(rows, header, tablefmt="github", colalign=("left", *["right"] * 6), disable_numparse=True)
+
+
+def _frame(name: str, layer: np.ndarray) -> bytes:
+    """The symbols as the file has them: five classes a byte, indices packed where that is smaller."""
+    if name == "classes":
+        return compress([pack_trits(layer)])
+    packings = [n for n in (1, 2, 4) if layer.max() < 2 ** (8 // n)]
+    return min((compress([pack(layer, n)]) for n in packings), key=len)
 
 
 def _decode(ans: list[Any], models: list[Any], layers: list[np.ndarray]) -> None:
@@ -170,7 +179,7 @@ def main() -> None:
     if options.coders:
         print(table_of_coders(symbols_of(model, block, options.bits), options.rounds))
         return
-    print(table_of_settings(model, fresh, options.rounds, dspfx.BlockConfig(block)))
+    print(table_of_settings(model, fresh, options.rounds, BlockConfig(block)))
 
 
 if __name__ == "__main__":
