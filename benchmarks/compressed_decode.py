@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/compressed_decode.py --model resnet50
     OMP_NUM_THREADS=1 python benchmarks/compressed_decode.py --model resnet20 --coders    # needs constriction, too
 
-Weights are those of --state, or drawn at random; of each layer's blocks some are pruned and some unified, as Unifier
-would leave them. With --coders the symbols of each layer are also written by constriction's range asymmetric numeral
-system, with a frequency table of one byte a symbol, and by zstd, alone.
+Weights and norms are those of --state, or drawn at random; of each layer's blocks some are pruned and some unified, as
+Unifier would leave them. With --coders the symbols of each layer are also written by constriction's asymmetric numeral
+systems, with a frequency table of one byte a symbol, and by zstd, alone.
 """
 
 from __future__ import annotations
@@ -62,6 +62,19 @@ def unify(model: nn.Module, block: tuple[int, int], prune: float, share: float) 
         pruned, unified = counts(tiling.count, prune, share)
         classes = select(*distortions(blocks, alive), unified, pruned)
         weight.copy_(tiling.join(projected(blocks, alive, classes)))
+
+
+@torch.no_grad()
+def fill_norms(model: nn.Module) -> None:
+    """Draws what norms have learned, which in a fresh network are zeros and ones."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            for value in (module.bias, module.running_mean):
+                value.normal_(0, 0.2)
+            for value in (module.weight, module.running_var):
+                value.uniform_(0.2, 1.5)
 
 
 def median_ms(work: Callable[[], object], rounds: int) -> float:
@@ -172,6 +185,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, fresh = (build(options.model, options.classes) for _ in range(2))
+    fill_norms(model)
     if options.state:
         model.load_state_dict(load_file(options.state))
     block = (options.block[0], options.block[1])

@@ -45,9 +45,9 @@ class Mixed(nn.Module):
         self.embedding = nn.Embedding(40, 7)
         self.head = nn.Linear(7, 40, bias=False)
         self.head.weight = self.embedding.weight
-        self.half = nn.Linear(9, 5).half()
-        self.short = nn.Linear(9, 5).bfloat16()
-        self.long = nn.Linear(9, 5).double()
+        self.of_half = nn.Linear(9, 5).half()
+        self.of_bfloat = nn.Linear(9, 5).bfloat16()
+        self.of_double = nn.Linear(9, 5).double()
         odd = torch.tensor([1.0, -0.0, 0.0, float("nan"), float("-inf"), 1e-45])
         odd.view(torch.int32)[3] = 0x7FA12345  # a signalling NaN with a payload
         self.register_buffer("odd", odd)
@@ -314,7 +314,7 @@ def test_more_bits_less_error_more_bytes(tmp_path: Path) -> None:
 def test_writing_what_was_read_loses_nothing_more(tmp_path: Path) -> None:
     model = unify(small())
     for codebook in ("uniform", "kmeans"):
-        first = dspfx.write_compressed(model, tmp_path / "a", bits=4, codebook=codebook)  # type: ignore[arg-type]
+        first = dspfx.write_compressed(model, tmp_path / "a", bits=4, codebook=codebook)
         read = dspfx.read_compressed(tmp_path / "a", small(1))
         again = dspfx.write_compressed(read, tmp_path / "b")
         assert max(r.error for r in again.rows) == 0
@@ -449,7 +449,7 @@ def test_settings_are_checked(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     model = small()
     with torch.no_grad():
-        model[2].weight[3, 4] = float("nan")
+        model.get_parameter("2.weight")[3, 4] = float("nan")
     dspfx.write_compressed(model, tmp_path / "exact")
     assert bits_of(dspfx.read_compressed(tmp_path / "exact", small(1))) == bits_of(model)
     message = (
@@ -458,7 +458,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     )
     for options in ({"bits": 4}, {"values": "fp16"}):
         with pytest.raises(StorageError, match=f"^{re.escape(message)}$"):
-            dspfx.write_compressed(model, tmp_path / "a", **options)  # type: ignore[arg-type]
+            dspfx.write_compressed(model, tmp_path / "a", **options)
     large = nn.Linear(4, 4)
     nn.init.constant_(large.weight, 1e6)
     with torch.no_grad():
@@ -483,14 +483,14 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_constant_and_tiny_weights_can_be_quantised(tmp_path: Path) -> None:
     for value in (0.0, 0.25, 1e-44, 3e38, -1.0):
         model = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 80).half())
-        nn.init.constant_(model[0].weight, value)
-        nn.init.constant_(model[1].weight, max(min(value, 6e4), -6e4))
+        nn.init.constant_(model.get_parameter("0.weight"), value)
+        nn.init.constant_(model.get_parameter("1.weight"), max(min(value, 6e4), -6e4))
         for codebook in ("uniform", "kmeans"):
-            report = dspfx.write_compressed(model, tmp_path / "a", bits=2, codebook=codebook)  # type: ignore[arg-type]
+            report = dspfx.write_compressed(model, tmp_path / "a", bits=2, codebook=codebook)
             assert max(r.error for r in report.rows) == 0
     model = nn.Sequential(nn.Linear(80, 80))
     with torch.no_grad():
-        model[0].weight.copy_(torch.randint(1, 300, (80, 80)) * 1e-45)
+        model.get_parameter("0.weight").copy_(torch.randint(1, 300, (80, 80)) * 1e-45)
     assert dspfx.write_compressed(model, tmp_path / "a", bits=2).rows[0].error == 0
 
 
