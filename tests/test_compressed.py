@@ -393,6 +393,20 @@ def test_gates_are_left_out(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
+def test_memory_format_mode_and_gradients_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, fresh = small().to(memory_format=torch.channels_last), small(1).to(memory_format=torch.channels_last).eval()
+    dspfx.write_compressed(unify(model), tmp_path / "a")
+    weight = fresh.get_parameter("0.weight").requires_grad_(False)
+    place, strides = weight.data_ptr(), weight.stride()
+    dspfx.read_compressed(tmp_path / "a", fresh)
+    assert bits_of(fresh) == bits_of(model) == decoded(tmp_path / "a")
+    assert fresh.get_parameter("0.weight") is weight
+    assert (weight.data_ptr(), weight.stride(), weight.requires_grad) == (place, strides, False)
+    assert strides != small().get_parameter("0.weight").stride()
+    assert not fresh.training
+
+
 def test_a_users_own_buffer_of_that_name_stays(tmp_path: Path) -> None:
     model = nn.Linear(3, 3)
     model.register_buffer("gate_keep", torch.arange(4.0))
