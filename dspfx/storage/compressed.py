@@ -130,7 +130,7 @@ def compressed_index(path: str | os.PathLike[str]) -> Index:
     with _opened(file_path) as file:
         header, entries = envelope.read_header(file_path, file)
         with envelope.damaged(file_path):
-            return envelope.read_index(file, header, entries, envelope.MOST_INDEX)
+            return envelope.read_index(file, header, entries, 16 * envelope.MOST_INDEX)
 
 
 def _precision(bits: Any, codebook: Any, values: Any) -> Precision:

@@ -16,6 +16,7 @@ from dspfx.errors import StorageError
 Bytes = NDArray[np.uint8]
 _SLOW = 1 << 20  # contents up to so many bytes are searched for repetitions thoroughly
 _THOROUGH = 19
+_WINDOW = 1 << 23
 _TRITS = (np.arange(243)[:, None] // 3 ** np.arange(5) % 3).astype(np.uint8)
 
 
@@ -69,7 +70,8 @@ def decompress(frame: bytes, most: int, least: int = 0) -> bytes:
         allowed = f"{most}" if least == most else f"{least} to {most}"
         raise StorageError(f"a stream claims {size} bytes where its tensors allow {allowed}")
     try:
-        content = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        coder = zstandard.ZstdDecompressor(max_window_size=_WINDOW)  # whole frames are decompressed without one
+        content = coder.decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise StorageError(f"a stream does not decompress ({error})") from error
     if len(content) != size:
