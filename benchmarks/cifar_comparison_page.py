@@ -107,9 +107,9 @@ def page(results: list[dict[str, Any]], out: Path) -> str:
         heads = ["network", "latency, to dense", "dspfx", "Torch-Pruning", "gain"]
         parts += [
             "## At equal latency",
-            "Of each network the faster of the two runtimes. Torch-Pruning's accuracy at the latency of ours, on the "
-            "straight line between its networks that are next to it; where it has none on both sides, the nearest, and "
-            "the table says which way that errs.",
+            "Of each network the faster of the two runtimes; times are of one seed's networks, accuracies means of "
+            "all. Torch-Pruning's accuracy at the latency of ours, on the straight line between its networks that are "
+            "next to it; where it has none on both sides, the nearest, and the table says which way that errs.",
             tabulate(equal, heads, "github", disable_numparse=True),
         ]
     return "\n\n".join(parts)

@@ -189,7 +189,7 @@ def page(results: list[dict[str, Any]], settings: list[str]) -> str:
             "\n".join(f"- {line}" for line in settings),
             "*bits*: of shared and free values in the file, the fewest that cost at most "
             f"{100 * WORTH:.1f} points on validation images; 32: exact. *to fp32*: the state_dict's bytes to the "
-            "file's. *loss*: points to the dense network trained for as many epochs, through its own exact file. A "
+            "file's. *loss*: points to the dense network trained for as many epochs, in the file of its own row. A "
             "*palette* is k-means of each layer's weights after `learn` epochs, its values trained for `tune` epochs "
             "(deep compression, as in coremltools' palettisation), in the same file format.",
             tabulate(rows, heads, "github", disable_numparse=True),
