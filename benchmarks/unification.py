@@ -44,6 +44,8 @@ CONFIGS: dict[str, dspfx.BlockConfig] = {
     "4x4 network": dspfx.BlockConfig((4, 4), **MIXED, scope="network"),
     "4x4 unified": ALL,
     "4x4 half": dspfx.BlockConfig((4, 4), 0.5, 0.5),
+    "2x2 gentle": dspfx.BlockConfig((2, 2), 0.2, 0.5),
+    "4x4 gentle": dspfx.BlockConfig((4, 4), 0.1, 0.4),
 }
 
 
