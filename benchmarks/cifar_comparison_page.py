@@ -199,7 +199,8 @@ def ablation_page(results: list[dict[str, Any]], out: Path) -> str:
             "of the training step itself (fused), and pruning by Fisher information for a multiply-add. *DSP, the "
             "authors' training* is the second pass, logits from zeros, their noise and their strength, pruned by L2 "
             "norms. *clusters* and *random groups* train plainly, which gathers no Fisher information, and are pruned "
-            "by L2 norms too. Differences are in points, between networks of one seed, ± the standard deviation over seeds.",
+            "by L2 norms too. Differences are in points, between networks of one seed, ± the standard deviation over "
+            "seeds.",
             settings_of(out, {row[1] for row in rows}),
             tabulate([row[1:] for row in sorted(rows, reverse=True)], heads, "github", disable_numparse=True),
         ]
