@@ -135,7 +135,7 @@ def train(run: Run, dense: nn.Module, arm: Arm) -> nn.Module:
 def files(run: Run, model: nn.Module, arm: Arm) -> dict[str, Any]:
     """The network's compressed file at every number of bits, read back: bytes and accuracy; the choice is tested."""
     rows = []
-    options = (arm.palette,) if arm.palette else (None, *BITS)
+    options = (None,) if arm.palette else (None, *BITS)  # a palette is found, and written exactly
     for bits in options:
         path = run.folder / f"{arm.label}_{bits or 'exact'}.safetensors"
         report = dspfx.write_compressed(model, path, CONFIGS.get(arm.blocks or ""), bits=bits)
@@ -151,7 +151,7 @@ def files(run: Run, model: nn.Module, arm: Arm) -> dict[str, Any]:
     return {"arm": asdict(arm), "files": rows, "chosen": chosen, "fp32": parameters}
 
 
-def page(results: list[dict[str, Any]], settings: list[str]) -> str:
+def page(results: list[dict[str, Any]], settings: str) -> str:
     """The table in Markdown."""
     controls = {(r["network"], r["seed"], r["arm"]["with_dsp"]): r["chosen"]["test"] for r in results if _is_control(r)}
     rows = []
@@ -163,7 +163,7 @@ def page(results: list[dict[str, Any]], settings: list[str]) -> str:
         rows.append(
             (
                 r["network"],
-                f"DSP, {FLOPS:.0%} of FLOPs" if arm["with_dsp"] and config else "",
+                ("" if not arm["with_dsp"] else f"DSP, {FLOPS:.0%} of FLOPs" if config else "as many epochs as DSP"),
                 what,
                 f"{config.prune:.0%} / {config.unify:.0%}" if config else "",
                 chosen["bits"] or 32,
@@ -188,7 +188,7 @@ def page(results: list[dict[str, Any]], settings: list[str]) -> str:
         [
             "# Weight unification: bytes against accuracy",
             __doc__.partition("\n\n    ")[0].strip().partition("\n")[0],
-            "\n".join(f"- {line}" for line in settings),
+            settings,
             "*bits*: of shared and free values in the file, the fewest that cost at most "
             f"{100 * WORTH:.1f} points on validation images; 32: exact. *to fp32*: the state_dict's bytes to the "
             "file's. *loss*: points to the dense network trained for as many epochs, in the file of its own row. A "
@@ -227,7 +227,7 @@ def main() -> None:
         write_text(path, json.dumps(found | {"network": run.name, "seed": run.seed}))
     results = [json.loads(file.read_text()) for file in sorted(options.out.glob("*/*/unify*.json"))]
     names = {r["network"] for r in results}
-    text = page(results, [comparison.pages.settings_of(options.out, names)])
+    text = page(results, comparison.pages.settings_of(options.out, names))
     print(text)
     if options.write and results:
         options.write.write_text(f"{text}\n\nMade by\n\n    {__doc__.partition('    ')[2].partition(chr(10) * 2)[0]}\n")
