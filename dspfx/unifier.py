@@ -15,7 +15,7 @@ from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
 from dspfx.learner_checks import check_optimizer
 from dspfx.method.blocks import FREE, UNIFIED, Tiling, projected
 from dspfx.optimizers import Follower, is_skipped, stepping_optimizer
-from dspfx.passes.plan_unify import plan_unify, weights_to_unify
+from dspfx.passes.plan_unify import choose_blocks, plan_unify, weights_to_unify
 from dspfx.passes.unify_blocks import classes_of, unify_blocks
 from dspfx.plans import UnifyPlan
 
@@ -99,6 +99,7 @@ class Unifier(Follower):
             that cannot be hooked.
         ModelError: there is nothing to unify, or a weight is not finite.
         MismatchError: the optimizer does not own a weight; while training, on every rank: the ranks' weights differ.
+        While training, ModelError too: a weight became not finite.
     """
 
     def __init__(
@@ -165,7 +166,13 @@ class Unifier(Follower):
         layers = {x.name: {"dual": x.dual.clone(), "target": x.target.clone()} for x in self._layers}
         signs = {x.name: x.signs.to(torch.int8) for x in self._layers if x.signs is not None}
         plan = None if self.plan is None else self.plan.to_json()
-        head = {"version": _STATE_VERSION, "steps": self.steps, "scale": self._scale, "rate": self._largest_rate}
+        head: dict[str, Any] = {
+            "version": _STATE_VERSION,
+            "steps": self.steps,
+            "scale": self._scale,
+            "rate": self._largest_rate,
+        }
+        head["blocks"] = repr(self.config)
         return head | {"layers": {} if plan else layers, "signs": signs, "plan": plan}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,6 +181,10 @@ class Unifier(Follower):
             raise StorageError(
                 f"The Unifier state has version {state.get('version')!r}, this dspfx reads {_STATE_VERSION}; load it "
                 "with the dspfx that wrote it."
+            )
+        if state["blocks"] != repr(self.config):
+            raise MismatchError(
+                f"The Unifier state is of {state['blocks']}, this one has {self.config}; construct it as it was."
             )
         plan = None if state["plan"] is None else UnifyPlan.from_json(state["plan"])
         held = state["signs"] if plan else state["layers"]
@@ -225,10 +236,9 @@ class Unifier(Follower):
             layer.dual.mul_(self._scale / course)
             layer.dual.add_(layer.weight.detach())  # W + U
         self._scale = course
-        plan = plan_unify({x.name: x.dual for x in self._layers}, self.config)
-        for layer, (tiling, classes) in zip(
-            self._layers, classes_of(plan, {x.name: x.dual for x in self._layers}).values(), strict=True
-        ):
+        chosen = choose_blocks({x.name: x.dual for x in self._layers}, self.config)
+        for layer in self._layers:
+            tiling, classes = chosen[layer.name]
             blocks = tiling.split(layer.dual)
             nearest = tiling.join(projected(blocks, blocks != 0, classes))  # Z
             layer.dual.sub_(nearest)

@@ -30,7 +30,7 @@ def weights_to_unify(model: nn.Module, config: BlockConfig) -> dict[str, nn.Para
 
     Raises:
         ConfigError: a name in `config.skip` is no such layer.
-        ModelError: there is none, or a weight is not finite.
+        ModelError: there is none.
     """
     found = block_weights(model)
     unknown = [name for name in config.skip if name not in found]
@@ -42,39 +42,50 @@ def weights_to_unify(model: nn.Module, config: BlockConfig) -> dict[str, nn.Para
     kept = {name: weight for name, weight in found.items() if name not in config.skip}
     if not kept:
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer whose weight could be unified.")
-    for name, weight in kept.items():
-        if not bool(weight.detach().isfinite().all()):
-            raise ModelError(f"{name}.weight is not finite; load weights that are.")
     return kept
 
 
-def plan_unify(weights: Mapping[str, Tensor], config: BlockConfig) -> UnifyPlan:
-    """The plan whose carrying out moves the weights least: the Euclidean projection onto what `config` asks for."""
+def choose_blocks(weights: Mapping[str, Tensor], config: BlockConfig) -> dict[str, tuple[Tiling, Tensor]]:
+    """By layer, how its weight falls into blocks and the class of each; together they move the weights least.
+
+    That is the Euclidean projection onto what `config` asks for. Raises ModelError where a weight is not finite.
+    """
+    for name, weight in weights.items():
+        if not bool(weight.detach().isfinite().all()):
+            raise ModelError(f"{name}.weight is not finite; load weights that are, or train with a smaller rate.")
     tilings = {name: Tiling(tuple(w.shape), config.shape, config.layout) for name, w in weights.items()}
-    blocks = {name: tiling.split(weights[name].detach()) for name, tiling in tilings.items()}
-    costs = {name: distortions(x, x != 0) for name, x in blocks.items()}
-    classes: dict[str, Tensor] = {}
+    costs = {}
+    for name, tiling in tilings.items():
+        blocks = tiling.split(weights[name].detach())
+        costs[name] = distortions(blocks, blocks != 0)
     if config.scope == "network":
         sizes = [tiling.count for tiling in tilings.values()]
         pruned, unified = counts(sum(sizes), config.prune, config.unify)
         unify_cost, prune_cost = (torch.cat([cost[i].cpu() for cost in costs.values()]) for i in (0, 1))
         classes = dict(zip(tilings, select(unify_cost, prune_cost, unified, pruned).split(sizes), strict=True))
     else:
+        classes = {}
         for name, tiling in tilings.items():
             pruned, unified = counts(tiling.count, config.prune, config.unify)
             classes[name] = select(*costs[name], unified, pruned)
+    return {name: (tiling, classes[name]) for name, tiling in tilings.items()}
+
+
+def plan_unify(weights: Mapping[str, Tensor], config: BlockConfig) -> UnifyPlan:
+    """What `choose_blocks` chose, as a plan."""
     layers = []
-    for name, kind in classes.items():
-        moved = (projected(blocks[name], blocks[name] != 0, kind) - blocks[name]).square().sum()
+    for name, (tiling, kinds) in choose_blocks(weights, config).items():
+        blocks = tiling.split(weights[name].detach())
+        moved = (projected(blocks, blocks != 0, kinds) - blocks).square().sum()
         layers.append(
             UnifiedLayer(
                 name=name,
-                shape=tilings[name].shape,
-                classes=UnifiedLayer.encode(bytes(kind.tolist())),
-                blocks=len(kind),
-                unified=int((kind == UNIFIED).sum()),
-                pruned=int((kind == PRUNED).sum()),
-                distortion=float(moved / blocks[name].square().sum().clamp(min=1e-30)),
+                shape=tiling.shape,
+                classes=UnifiedLayer.encode(bytes(kinds.tolist())),
+                blocks=len(kinds),
+                unified=int((kinds == UNIFIED).sum()),
+                pruned=int((kinds == PRUNED).sum()),
+                distortion=float(moved / blocks.square().sum().clamp(min=1e-30)),
             )
         )
     return UnifyPlan(config, tuple(layers))

@@ -215,9 +215,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(is_projected: bool) -> None:
     assert unifier.stats() == resumed.stats()
 
 
-def test_a_step_that_a_scaler_skipped_does_nothing() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skipped_does_nothing(fused: bool) -> None:
+    """A fused optimizer's step() is called all the same."""
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, fused=fused)
     unifier = dspfx.Unifier(model, optimizer, CONFIG, total_steps=20)
     scaler = torch.amp.GradScaler("cpu")
     before = copy.deepcopy(model.state_dict())
@@ -274,6 +276,13 @@ def test_weights_that_are_not_finite_are_named_and_nothing_changes() -> None:
     with pytest.raises(ModelError, match=r"4\.weight"):
         dspfx.unify(model, CONFIG)
     assert all(before[key].equal(value) or key == "4.weight" for key, value in model.state_dict().items())
+    model = network()
+    unifier = dspfx.Unifier(model, torch.optim.SGD(model.parameters(), 0.1), CONFIG, 5)
+    with torch.no_grad():
+        model[4].weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"4\.weight"):
+        unifier.project()
+    assert unifier.plan is None
 
 
 def test_states_and_plans_of_other_networks_are_refused() -> None:
@@ -284,6 +293,11 @@ def test_states_and_plans_of_other_networks_are_refused() -> None:
     one, two = (dspfx.Unifier(m, torch.optim.SGD(m.parameters(), 0.1), CONFIG, 5) for m in (model, other))
     with pytest.raises(MismatchError, match="disagree about"):
         two.load_state_dict(one.state_dict())
+    turned = dspfx.Unifier(
+        model, torch.optim.SGD(model.parameters(), 0.1), dspfx.BlockConfig((2, 4), prune=0.25, unify=0.5), 5
+    )
+    with pytest.raises(MismatchError, match=r"shape=\(4, 2\).*shape=\(2, 4\)"):
+        turned.load_state_dict(one.state_dict())
     with pytest.raises(StorageError, match="version 9"):
         one.load_state_dict(one.state_dict() | {"version": 9})
     text = plan.to_json().replace('"classes":"', '"classes":"AAAA')
