@@ -17,7 +17,7 @@ from dspfx.cli.benchmark import several
 from dspfx.cli.options import block_shape
 from dspfx.config import BlockConfig
 from dspfx.errors import ConfigError
-from dspfx.modules import GatedLayer
+from dspfx.storage.compressed import shipped_state
 from dspfx.storage.report import CompressedReport
 
 DESCRIPTION = """\
@@ -86,11 +86,9 @@ def layers(network: nn.Module, reports: dict[int, CompressedReport], folder: Pat
 
 
 def unique(network: nn.Module) -> dict[str, Tensor]:
-    """The state_dict's tensors, each once, without what gates hold."""
-    gates = GatedLayer.GATE_KEYS
+    """The tensors that a compressed file holds, each once."""
     seen: dict[int, str] = {}
-    state = {n: v for n, v in network.state_dict(keep_vars=True).items() if n.rpartition(".")[2] not in gates}
-    return {n: v.detach() for n, v in state.items() if seen.setdefault(id(v), n) == n}
+    return {n: v.detach() for n, v in shipped_state(network).items() if seen.setdefault(id(v), n) == n}
 
 
 def plain_sizes(tensors: list[Tensor]) -> list[int]:

@@ -71,7 +71,7 @@ def write_compressed(
     precision = _precision(bits, codebook, values)
     if rest not in ("exact", "fp16"):
         raise ConfigError(f"rest is {rest!r}; give 'exact' or 'fp16'.")
-    named, own, shared = _state(model), {}, {}
+    named, own, shared = shipped_state(model), {}, {}
     first: dict[int, str] = {}
     for name, value in named.items():
         _check_tensor(name, value)
@@ -105,7 +105,7 @@ def read_compressed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module
             (names the first key, shape or element type that disagrees).
     """
     file_path = Path(path)
-    targets = _state(model)
+    targets = shipped_state(model)
     for name, value in targets.items():
         _check_tensor(name, value)
     with _opened(file_path) as file:
@@ -143,8 +143,8 @@ def _precision(bits: Any, codebook: Any, values: Any) -> Precision:
     return Precision(bits, codebook, values == "fp16")
 
 
-def _state(model: nn.Module) -> dict[str, Any]:
-    """The state_dict without what gated layers learned."""
+def shipped_state(model: nn.Module) -> dict[str, Any]:
+    """The state_dict that a file holds: without what gated layers learned."""
     state = model.state_dict(keep_vars=True)
     gated = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, GatedLayer)]
     gates = {f"{name}.{key}" if name else key for name in gated for key in GatedLayer.GATE_KEYS}

@@ -93,6 +93,11 @@ def read(path: Path) -> File:
             f"again."
         ) from error
     version = metadata.get("dspfx", "")
+    if metadata.get("format") == "dspfx.compressed":
+        raise StorageError(
+            f"{path} is a compressed state_dict; read it into an instance of its class, by dspfx.read_compressed(path, "
+            "model)."
+        )
     if not version.isdecimal():
         raise StorageError(f"{path} is a safetensors file without a network of dspfx; dspfx.save writes those.")
     if int(version) > FORMAT:
