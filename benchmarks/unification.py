@@ -30,6 +30,9 @@ from dspfx.cli.scoring import evaluate, say
 from dspfx.cli.training import Stage
 from dspfx.passes.plan_unify import block_weights
 
+COMMAND = """\
+    OMP_NUM_THREADS=1 python -m benchmarks.unification --data DIR --checkpoints FOLDER --out runs/comparison \\
+        --write docs/results/unification.md"""
 FLOPS = 0.40
 BITS = (8, 6, 5, 4, 3)
 WORTH = 0.002  # of validation accuracy, that fewer bits may cost
@@ -230,7 +233,7 @@ def main() -> None:
     text = page(results, comparison.pages.settings_of(options.out, names))
     print(text)
     if options.write and results:
-        options.write.write_text(f"{text}\n\nMade by\n\n    {__doc__.partition('    ')[2].partition(chr(10) * 2)[0]}\n")
+        options.write.write_text(f"{text}\n\nMade by\n\n{COMMAND}\n")
 
 
 if __name__ == "__main__":

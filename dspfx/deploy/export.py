@@ -133,13 +133,18 @@ def _features(kernels: str | None, precision: str) -> str | None:
     return processor_features() if kernels == "native" else kernels
 
 
+def _clear(folder: Path) -> None:
+    """Removes what an earlier attempt has written."""
+    for old in folder.iterdir():
+        old.unlink()
+
+
 def _write_with_kernels(subject: Subject, part: Path, features: str, kind: str, allowed: float) -> Written:
     """The file and its library, compared with the plain layers; on a processor without the features, by others."""
     plain = replace(subject, network=with_chains(subject.network, lambda chain: chain.plain))
 
     def write(nesting: Nesting, features: str = features) -> None:
-        for old in part.parent.iterdir():
-            old.unlink()
+        _clear(part.parent)
         built = Library(build_library(features))
         write_onnx(subject.network, nesting, part, kernels=Kernels(built))
         shutil.copyfile(built.path, part.with_suffix(f".{features.lower()}.so"))
@@ -165,8 +170,7 @@ def _write_onnx(
     batches = list(calibration or [])
 
     def write(nesting: Nesting) -> None:
-        for old in part.parent.iterdir():
-            old.unlink()
+        _clear(part.parent)
         write_onnx(network, nesting, part, dtype)
         if precision == "int8":
             quantize(part, nesting, batches)

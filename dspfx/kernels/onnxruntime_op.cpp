@@ -87,7 +87,7 @@ R call(Api api, Place place, A... arguments) {
 
 enum { FAIL = 1, INVALID_ARGUMENT = 2 };                  // OrtErrorCode
 enum { FLOAT = 1, INT32 = 6, INT64 = 7 };                 // ONNXTensorElementDataType
-enum { REQUIRED = 0, OPTIONAL = 1, VARIADIC = 2 };        // OrtCustomOpInputOutputCharacteristic
+enum { REQUIRED = 0, VARIADIC = 2 };                      // OrtCustomOpInputOutputCharacteristic
 
 struct Op {
     uint32_t version;
