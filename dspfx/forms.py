@@ -13,10 +13,11 @@ from torch import nn
 
 from dspfx.graph.layers import CONVS, TRANSPOSED
 from dspfx.grouped import PaddedGroupConv2d, pad_groups
+from dspfx.kernel_conv import KernelConv2d
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group
 
-Form = Literal["dense", "branches", "grouped", "native"]
+Form = Literal["dense", "branches", "grouped", "kernel", "native"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FormCase:
         shape: of the input, batch included.
         filters: O.
         groups: of the layer itself (a depthwise convolution has one a channel).
-        branches: of the form "branches"; filters in none of them read nothing, and stand last.
+        branches: of every form but "dense"; filters in none of them read nothing, and stand last.
         is_ordered: the branches' filters stand in the order of the result.
     """
 
@@ -157,13 +158,14 @@ def build_form(case: FormCase) -> nn.Module:
     options: dict[str, Any] = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
     if case.kind == "Linear":
         return nn.Linear(case.channels, case.filters)
-    if case.form == "branches":
-        return GroupConv2d(case.channels, case.filters, case.kernel, _spread(case), **options)
+    if case.form in ("branches", "kernel"):
+        kind = GroupConv2d if case.form == "branches" else KernelConv2d
+        return kind(case.channels, case.filters, case.kernel, _spread(case), **options)
     if case.form == "grouped":
         groups = pad_groups(case.channels, case.filters, _spread(case))
         return PaddedGroupConv2d(case.channels, case.filters, case.kernel, groups, **options)
-    kind: Any = getattr(nn, case.kind)
-    return kind(case.channels, case.filters, case.kernel, groups=case.groups, **options)
+    plain: Any = getattr(nn, case.kind)
+    return plain(case.channels, case.filters, case.kernel, groups=case.groups, **options)
 
 
 def _spread(case: FormCase) -> tuple[Group, ...]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from dspfx.errors import InputError
 from dspfx.graph.native_layers import Unsupported, floats
 from dspfx.graph.to_chain import chain_of
+from dspfx.held import Held, handle_of, module_of
 from dspfx.kernels.chain import Chain, Shape
 from dspfx.kernels.engine import Engine
 from dspfx.kernels.library import library_or_none
@@ -33,8 +32,8 @@ class NativeChain(nn.Module):
         super().__init__()
         self.plain = plain.requires_grad_(False)
         self._engine: Engine | None = None
-        self._packed: list[_Held] = []  # what the engine was made of
-        self.handle = _remember(self)
+        self._held: Held | None = None  # what the engine was made of
+        self.handle = handle_of(self)
 
     def forward(self, *inputs: Tensor) -> Any:
         if not self._can_run(inputs):
@@ -68,18 +67,10 @@ class NativeChain(nn.Module):
 
         Any inputs of these numbers of channels will do.
         """
-        engine = self._engine
-        if engine is None or any(
-            owner[name] is not tensor or tensor._version != version for owner, name, tensor, version in self._packed
-        ):
+        engine, held = self._engine, self._held
+        if engine is None or held is None or not held.holds():
             self._engine = engine = Engine(self.chain(image_shapes(inputs)))
-            self._packed = [
-                (owner, name, tensor, tensor._version)
-                for module in self.plain.modules()
-                for owner in (module._parameters, module._buffers)
-                for name, tensor in owner.items()
-                if tensor is not None
-            ]
+            self._held = Held(self.plain)
         return engine
 
     def _can_run(self, inputs: tuple[Tensor, ...]) -> bool:
@@ -89,7 +80,7 @@ class NativeChain(nn.Module):
             if x.shape[0] != inputs[0].shape[0]:  # one of them is no batch
                 return False
         if torch.is_grad_enabled():
-            own = (t for _, _, t, _ in self._packed) if self._engine else self.plain.parameters()
+            own = self._held.tensors if self._held else self.plain.parameters()
             if any(t.requires_grad for t in (*inputs, *own)):
                 return False
         is_recorded = (
@@ -104,11 +95,11 @@ class NativeChain(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_engine": None, "_packed": []}
+        return {**self.__dict__, "_engine": None, "_held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.handle = _remember(self)
+        self.handle = handle_of(self)
 
 
 class ChainOperation(nn.Module):
@@ -137,11 +128,6 @@ def with_chains(network: nn.Module, form: Callable[[NativeChain], nn.Module]) ->
     return twin
 
 
-def chain_of_handle(handle: int) -> NativeChain:
-    """The living chain with this number."""
-    return _chains[handle]
-
-
 @torch.compiler.assume_constant_result
 def _has_kernels() -> bool:
     return library_or_none() is not None
@@ -152,28 +138,19 @@ def image_shapes(inputs: Sequence[Tensor]) -> tuple[Shape, ...]:
     return tuple(tuple(int(n) for n in x.shape[1:]) for x in inputs)
 
 
-_Held = tuple[dict[str, Any], str, Tensor, int]  # a tensor's owner and name, itself, its version
 _PLAIN = (Tensor, nn.Parameter)  # no fake tensor, and no proxy
-_chains: weakref.WeakValueDictionary[int, NativeChain] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def _remember(chain: NativeChain) -> int:
-    """A number by which torch.ops.dspfx.native_chain finds the chain as long as it lives."""
-    number = next(_numbers)
-    _chains[number] = chain
-    return number
 
 
 @torch.library.custom_op("dspfx::native_chain", mutates_args=())
 def native_chain(inputs: list[Tensor], handle: int) -> list[Tensor]:
     """A NativeChain as one operation, for torch.compile."""
-    return _chains[handle].engine(inputs)(inputs)
+    found: list[Tensor] = module_of(handle).engine(inputs)(inputs)
+    return found
 
 
 @native_chain.register_fake
 def _shapes(inputs: list[Tensor], handle: int) -> list[Tensor]:
     with unset_fake_temporarily():  # the weights are real
-        chain = _chains[handle].engine(inputs).chain
+        chain = module_of(handle).engine(inputs).chain
     shapes = chain.shapes(image_shapes(inputs))
     return [inputs[0].new_empty((inputs[0].shape[0], *shapes[value])) for value in chain.outputs]

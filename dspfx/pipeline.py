@@ -20,11 +20,13 @@ from dspfx.deploy.machine import block_widths
 from dspfx.deploy.runtimes import check_runtime
 from dspfx.deploy.settle import settle
 from dspfx.errors import BudgetError, ConfigError, ModelError, RuntimeBuildError
+from dspfx.forms import Form
 from dspfx.gates import gated_tensors
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import propagate
 from dspfx.graph.parts import describe_parts, trace_parts
 from dspfx.graph.traced import Network, network_meta, parts_of, settle_eval
+from dspfx.kernel_conv import has_kernel
 from dspfx.kernels.library import library_or_none
 from dspfx.method.importance import Importance, resolve
 from dspfx.modules import GatedLayer
@@ -237,16 +239,17 @@ def _tuned(gm: Network, inputs: Inputs, runtime: str, threads: int, fold: bool) 
 def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[Entrant]:
     """The forms of a whole network that are worth timing, safest first; of equal plans, the first."""
     block, *wider = block_widths(runtime)
+    splits = _splits(gm, runtime)
     with _costs(gm, runtime, threads) as table:
         plans: dict[str, LowerPlan] = {}
         for name, options in (
-            ("dense", LowerOptions(0, table, may_split=False)),
-            ("dead channels removed", LowerOptions(1, table, may_split=False)),
-            (f"widths in blocks of {block}", LowerOptions(block, table, may_split=False)),
-            ("clearly faster forms, in blocks", LowerOptions(block, table, margin=0.8)),
-            ("fastest forms, in blocks", LowerOptions(block, table)),
-            ("fastest forms", LowerOptions(1, table)),
-            *((f"widths in blocks of {w}", LowerOptions(w, table, may_split=False)) for w in wider),
+            ("dense", LowerOptions(0, table, splits=())),
+            ("dead channels removed", LowerOptions(1, table, splits=())),
+            (f"widths in blocks of {block}", LowerOptions(block, table, splits=())),
+            ("clearly faster forms, in blocks", LowerOptions(block, table, splits, margin=0.8)),
+            ("fastest forms, in blocks", LowerOptions(block, table, splits)),
+            ("fastest forms", LowerOptions(1, table, splits)),
+            *((f"widths in blocks of {w}", LowerOptions(w, table, splits=())) for w in wider),
         ):
             plan = _planned(gm, options)
             if plan.layers not in [other.layers for other in plans.values()]:
@@ -259,6 +262,18 @@ def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[E
         plan = plans.get("dead channels removed", plans["dense"])
         make = partial(_carried_out, copy.deepcopy(gm), plan, fold)
         yield Entrant("native kernels", lambda: fuse_native(make()), is_checked=True)
+
+
+def _splits(gm: Network, runtime: str) -> tuple[Form, ...]:
+    """The forms of split layers that are worth timing there: a kernel of our own is one on GPUs.
+
+    On CPUs whole chains of layers run in native kernels, and compete as such.
+    """
+    parameter = next(iter(gm.parameters()), torch.empty(0))
+    calls_ours = (
+        runtime in ("eager", "inductor") and parameter.is_cuda and has_kernel(parameter.device, parameter.dtype)
+    )
+    return ("kernel", "grouped", "branches") if calls_ours else ("grouped", "branches")
 
 
 def _is_plain_float(gm: Network) -> bool:

@@ -172,7 +172,8 @@ class LoweredLayer:
 
     Attributes:
         form: "dense" (one layer of the kept filters and channels), "branches" (a convolution a group), "grouped"
-            (one convolution with `groups`, padded to equal ones) or "native" (in a `NativeChain`, by index lists).
+            (one convolution with `groups`, padded to equal ones), "kernel" (one kernel that walks the groups' lists) or
+            "native" (in a `NativeChain`, by such lists).
         filters, channels: what is kept, as indices into the layer before lowering, in the order in which it stands
             afterwards.
         groups: the branches, as indices into `filters` and `channels`; empty for "dense" and "native".
@@ -181,7 +182,7 @@ class LoweredLayer:
     """
 
     name: str
-    form: Literal["dense", "branches", "grouped", "native"]
+    form: Literal["dense", "branches", "grouped", "kernel", "native"]
     filters: tuple[int, ...]
     channels: tuple[int, ...]
     groups: tuple[Group, ...]

@@ -3,6 +3,7 @@
 dense       one convolution of all kept filters and channels, zeros included
 branches    a convolution for each group of filters, over the channels that this group reads
 grouped     one convolution with groups, padded to the largest
+kernel      the branches in one kernel of our own, on GPUs
 
 Groups may share a branch: fewer and wider convolutions compute some zeros, and pay for themselves on small maps.
 """
@@ -19,6 +20,7 @@ from dspfx.forms import Branch, Clock, Form, FormCase, case_of
 from dspfx.graph.cost import LayerCost, layer_costs
 from dspfx.graph.liveness import unique_rows
 from dspfx.grouped import pad_groups
+from dspfx.kernel_conv import suits_kernel
 from dspfx.plans import Group, LoweredLayer, LowerPlan
 
 MAX_BRANCHES = 16
@@ -36,14 +38,14 @@ class LowerOptions:
     Attributes:
         multiple: widths of layers and branches are kept a multiple of this where they can be; 0 keeps every channel.
         clock: milliseconds of a layer; None for the rule.
-        may_split: whether a layer may become several.
+        splits: the forms that a layer of several groups may take; empty keeps every layer dense.
         margin: of the dense form's time, what another form may take at most: isolated measurements flatter what has
             more parts.
     """
 
     multiple: int = 1
     clock: Clock | None = None
-    may_split: bool = True
+    splits: tuple[Form, ...] = ("grouped", "branches")
     margin: float = 0.97
 
 
@@ -71,12 +73,14 @@ def choose_form(conv: nn.Module, pairs: Tensor, shapes: tuple[tuple[int, ...], .
     dense = [case for case in (dense_case(conv, pairs, shape) for shape in shapes) if case is not None]
     can_split = isinstance(conv, nn.Conv2d) and conv.groups == 1 and 0 not in pairs.shape
     clock = options.clock
-    splits = list(_groupings(pairs, max(options.multiple, 1))) if can_split and dense and options.may_split else []
+    splits = list(_groupings(pairs, max(options.multiple, 1))) if can_split and dense and options.splits else []
     if clock is None:
         return _by_rule(pairs, shapes, splits)
     best = Choice("dense", (), sum(map(clock, dense)) if dense else None)
     allowed = options.margin * (best.ms or 0.0)
     for form, groups in _forms(splits):
+        if form not in options.splits or (form == "kernel" and not suits_kernel(conv)):
+            continue
         ms = sum(clock(split_case(case, form, groups, is_laid_out=False)) for case in dense)
         if ms < allowed:
             best, allowed = Choice(form, groups, ms), ms
@@ -92,9 +96,11 @@ def dense_case(conv: nn.Module, pairs: Tensor, shape: tuple[int, ...]) -> FormCa
 
 
 def _forms(splits: list[tuple[Group, ...]]) -> Iterator[tuple[Form, tuple[Group, ...]]]:
-    """Every grouping in branches, and the finest one as a grouped convolution."""
+    """Every grouping in branches, and the finest one as a grouped convolution and for a kernel."""
     if splits and len(splits[0]) > 1:
         yield "grouped", splits[0]
+    if splits:
+        yield "kernel", splits[0]
     for groups in splits:
         yield "branches", groups
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from dspfx import pipeline
 from dspfx.config import Budget, GateConfig
+from dspfx.forms import Form
 from dspfx.graph.traced import TracedModule
 from dspfx.modules import GatedConv2d
 from dspfx.passes.choose_form import LowerOptions
@@ -110,5 +111,5 @@ def _pruned(entry: ZooEntry) -> TracedModule:
 def forced(model: nn.Module, form: str = "branches", multiple: int = 1, fold: bool = True) -> Any:
     """`model` lowered with every layer in `form` that can take it, and widths in multiples."""
     gm = pipeline._plain(model, None)
-    options = LowerOptions(multiple, lambda case: 1.0 if case.form == form else 2.0)
+    options = LowerOptions(multiple, lambda case: 1.0 if case.form == form else 2.0, (cast(Form, form),))
     return pipeline._carried_out(gm, pipeline._planned(gm, options), fold)

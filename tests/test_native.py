@@ -239,7 +239,7 @@ def test_inputs_of_several_batches_are_no_chain_s() -> None:
 def forced_inputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
     """As `forced(model, "dense")`, for a model that does not take one image."""
     gm = pipeline._plain(model, inputs)
-    return pipeline._carried_out(gm, pipeline._planned(gm, LowerOptions(1, may_split=False)), True)
+    return pipeline._carried_out(gm, pipeline._planned(gm, LowerOptions(1, splits=())), True)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

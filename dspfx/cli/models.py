@@ -84,6 +84,7 @@ class CifarVGG16(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
         _he_init(self)
+        nn.init.normal_(self.classifier.weight, 0, 0.01)  # as torchvision's: large logits at first stop all learning
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.pool(self.features(x)).flatten(1))

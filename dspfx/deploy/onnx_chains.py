@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from dspfx.held import module_of
 from dspfx.kernels.chain import Shape
 from dspfx.kernels.library import Library
 from dspfx.kernels.packed import Packed
 from dspfx.kernels.program import Builder
-from dspfx.native import NativeChain, chain_of_handle
+from dspfx.native import NativeChain
 
 DOMAIN, OPERATOR, VERSION = "dspfx", "Chain", 1
 FORMAT = 1  # of the layout, as in onnxruntime_op.cpp
@@ -45,7 +46,7 @@ def _node(inputs: list[Any], handle: int) -> Any:
     from onnxscript import values
 
     kind = onnx.defs.OpSchema
-    outputs = len(chain_of_handle(handle).chain(tuple(_shape(x) for x in inputs)).outputs)
+    outputs = len(module_of(handle).chain(tuple(_shape(x) for x in inputs)).outputs)
     schema = kind(
         OPERATOR,
         DOMAIN,
@@ -66,7 +67,7 @@ def embed_chains(graph: Any, kernels: Kernels) -> None:
         if node.domain != DOMAIN:
             continue
         handle = node.attributes["handle"].as_int()
-        arrays = _written(chain_of_handle(handle), tuple(_shape(x) for x in node.inputs), kernels)
+        arrays = _written(module_of(handle), tuple(_shape(x) for x in node.inputs), kernels)
         constants = []
         for name, array in arrays.items():
             value = ir.val(f"{node.outputs[0].name}_{name}", const_value=ir.tensor(array))

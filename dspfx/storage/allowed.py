@@ -21,6 +21,7 @@ from dspfx.graph import moves, ops
 from dspfx.graph.traced import TrainingFlag
 from dspfx.graph.tracer import expect
 from dspfx.grouped import PaddedGroupConv2d
+from dspfx.kernel_conv import KernelConv2d
 from dspfx.modules import GroupConv2d
 from dspfx.norms import SparseNorm
 
@@ -94,6 +95,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     "torchvision.FrozenBatchNorm2d": torchvision.ops.FrozenBatchNorm2d,
     "dspfx.GroupConv2d": GroupConv2d,
     "dspfx.PaddedGroupConv2d": PaddedGroupConv2d,
+    "dspfx.KernelConv2d": KernelConv2d,
     "dspfx.SparseNorm": SparseNorm,
     "dspfx.TrainingFlag": TrainingFlag,
 }

@@ -20,6 +20,7 @@ from dspfx.errors import StorageError
 from dspfx.graph.layers import is_plain
 from dspfx.graph.tracer import attribute
 from dspfx.grouped import EMPTY, PaddedGroupConv2d
+from dspfx.kernel_conv import KernelConv2d
 from dspfx.modules import GroupConv2d
 from dspfx.native import NativeChain
 from dspfx.plans import Group
@@ -33,7 +34,7 @@ _RESERVED = frozenset(
 _WIDEST = 2**20  # channels; no layer has more
 _OPTIONS = ("stride", "padding", "dilation", "bias", "padding_mode")  # of a GroupConv2d's branches
 NATIVE = "dspfx.NativeChain"
-_SPLIT = (GroupConv2d, PaddedGroupConv2d)
+_SPLIT = (GroupConv2d, PaddedGroupConv2d, KernelConv2d)
 _INSTEAD = "Store this network with torch.export, or save the prepared one (dspfx.save before dspfx.lower) instead."
 
 
@@ -203,7 +204,7 @@ def _decode_layer(kind: Any, options: Any) -> nn.Module:
     layer = look_up(LAYERS, kind, "a storable layer")
     values = {k: decode_value(v, {}) for k, v in expect(options, dict, f"the arguments of a {kind}").items()}
     allowed = {"in_channels", "out_channels", "kernel_size", "groups", *_OPTIONS}
-    if layer is GroupConv2d:
+    if issubclass(layer, GroupConv2d):
         allowed.add("rest_bias")
     if layer not in _SPLIT:
         allowed = set(inspect.signature(layer).parameters) - {"device", "dtype"}

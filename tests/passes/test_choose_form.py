@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dspfx.forms import FormCase
+from dspfx.forms import Form, FormCase
 from dspfx.graph.analyse import analyse
 from dspfx.graph.trace import trace
 from dspfx.graph.traced import settle_eval
@@ -37,11 +37,15 @@ def kept(*rows: tuple[int, str]) -> Tensor:
     return torch.tensor([[c == "x" for c in row] for count, row in rows for _ in range(count)])
 
 
-def choose(pairs: Tensor, clock: Callable[[FormCase], float], multiple: int = 1, may_split: bool = True) -> Choice:
-    """Without the form "grouped"."""
-    conv = nn.Conv2d(64, 80, 3, padding=1)
-    options = LowerOptions(multiple, lambda case: 1e9 if case.form == "grouped" else clock(case), may_split)
-    return choose_form(conv, pairs, (SHAPE,), options)
+def choose(
+    pairs: Tensor,
+    clock: Callable[[FormCase], float],
+    multiple: int = 1,
+    splits: tuple[Form, ...] = ("branches",),
+    padding: int | str = 1,
+) -> Choice:
+    conv = nn.Conv2d(64, 80, 3, padding=padding)
+    return choose_form(conv, pairs, (SHAPE,), LowerOptions(multiple, clock, splits))
 
 
 def work(case: FormCase) -> float:
@@ -70,7 +74,19 @@ def test_dense_where_nothing_is_faster(pairs: Tensor) -> None:
 def test_branches_where_the_clock_says_so() -> None:
     found = choose(TWO, work)
     assert found == Choice("branches", (Group((0, 1, 2, 3), (0, 1, 2, 3)), Group((4, 5, 6, 7), (4, 5, 6, 7))), ms=32.0)
-    assert choose(TWO, work, may_split=False) == Choice("dense", (), 64.0)
+    assert choose(TWO, work, splits=()) == Choice("dense", (), 64.0)
+
+
+def test_the_kernel_where_it_is_allowed_and_can_pad() -> None:
+    def clock(case: FormCase) -> float:
+        return work(case) / (2 if case.form == "kernel" else 1)
+
+    splits: tuple[Form, ...] = ("kernel", "branches")
+    found = choose(TWO, clock, splits=splits)
+    assert found == Choice("kernel", choose(TWO, clock).groups, 16.0)
+    assert found.pairs(*TWO.shape) == 32
+    assert choose(TWO, clock).form == "branches"
+    assert choose(TWO, clock, splits=splits, padding="same").form == "branches"
 
 
 @pytest.mark.parametrize(

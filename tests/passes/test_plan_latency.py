@@ -79,7 +79,7 @@ def masked(gm: Network, plan: PrunePlan) -> Network:
 def ms_of(gm: Network, clock: Clock, dense: bool = False) -> float:
     """The clock over all layers of a network with zeros, once lowered without branches."""
     plain = _plain(gm, None)
-    ms = plan_lower(plain, analyse(plain), LowerOptions(0 if dense else 1, clock, False)).ms
+    ms = plan_lower(plain, analyse(plain), LowerOptions(0 if dense else 1, clock, ())).ms
     assert ms is not None
     return ms
 
@@ -132,7 +132,7 @@ def test_a_clock_that_knows_whole_blocks_gets_whole_blocks(name: str) -> None:
     masked(gm, plan_of(gm, 0.6, by_blocks, 8))
     assert ms_of(gm, by_blocks) <= 0.6 * dense
     plain = _plain(gm, None)
-    lowered = plan_lower(plain, analyse(plain), LowerOptions(1, by_blocks, False))
+    lowered = plan_lower(plain, analyse(plain), LowerOptions(1, by_blocks, ()))
     widths = [len(layer.filters) for layer in lowered.layers[:-1] if layer.form == "dense"]
     whole = [m.weight.shape[0] for m in plain.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][:-1]
     assert sum(widths) < sum(whole)
