@@ -6,6 +6,7 @@
 Runs in the folders of benchmarks.cifar_comparison, whose dense networks it starts from. *Alone*: `learn` epochs of
 ADMM, projection, `tune` epochs with blocks kept alike; the control is the dense network trained as long. *With DSP*:
 the network whose groups were learned, pruned to 40% of the FLOPs, then the same; its control trains as long as both.
+Arms with a palette too have few values a layer from the projection on, which train.
 The validation split picks the bits of a file; test images are read for what was picked. Stopped, it goes on.
 """
 
@@ -54,7 +55,7 @@ CONFIGS: dict[str, dspfx.BlockConfig] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: `blocks` of CONFIGS, or a palette of 2^`palette` values a layer; both None: a control."""
+    """What is trained: `blocks` of CONFIGS, a palette of 2^`palette` values a layer, or both; neither: a control."""
 
     with_dsp: bool = False
     blocks: str | None = None
@@ -62,7 +63,8 @@ class Arm:
 
     @property
     def label(self) -> str:
-        what = self.blocks or (f"palette{self.palette}" if self.palette else "control")
+        palette = f"palette{self.palette}" if self.palette else ""
+        what = " ".join(filter(None, (self.blocks, palette))) or "control"
         return f"unify{'_dsp' if self.with_dsp else ''}_{what.replace(' ', '_')}"
 
 
@@ -125,7 +127,7 @@ def train(run: Run, dense: nn.Module, arm: Arm) -> nn.Module:
     steps = first.epochs * run.trainer.steps
     with dspfx.Unifier(model, optimizer, CONFIGS[arm.blocks], steps) as unifier:
         run.trainer.fit(model, optimizer, first, unifier)
-        say(str(unifier.project()))
+        say(str(unifier.project(arm.palette)))
     run.settle(model)
     optimizer = run.trainer.optimizer(model)
     with dspfx.Unifier(model, optimizer, CONFIGS[arm.blocks], steps) as kept:
@@ -162,14 +164,15 @@ def page(results: list[dict[str, Any]], settings: str) -> str:
         arm, chosen = r["arm"], r["chosen"]
         config = CONFIGS.get(arm["blocks"] or "")
         control = controls.get((r["network"], r["seed"], arm["with_dsp"]))
-        what = f"palette of {1 << arm['palette']}" if arm["palette"] else "dense" if config is None else arm["blocks"]
+        palette = f"palette of {1 << arm['palette']}" if arm["palette"] else ""
+        what = ", ".join(filter(None, (arm["blocks"], palette))) or "dense"
         rows.append(
             (
                 r["network"],
                 ("" if not arm["with_dsp"] else f"DSP, {FLOPS:.0%} of FLOPs" if config else "as many epochs as DSP"),
                 what,
                 f"{config.prune:.0%} / {config.unify:.0%}" if config else "",
-                chosen["bits"] or 32,
+                chosen["bits"] or (f"{arm['palette']}, trained" if palette else 32),
                 chosen["bytes"],
                 f"{r['fp32'] / chosen['bytes']:.1f}x",
                 f"{chosen['test']:.2%}",
@@ -193,10 +196,11 @@ def page(results: list[dict[str, Any]], settings: str) -> str:
             __doc__.partition("\n\n    ")[0].strip().partition("\n")[0],
             settings,
             "*bits*: of shared and free values in the file, the fewest that cost at most "
-            f"{100 * WORTH:.1f} points on validation images; 32: exact. *to fp32*: the state_dict's bytes to the "
-            "file's. *loss*: points to the dense network trained for as many epochs, in the file of its own row. A "
-            "*palette* is k-means of each layer's weights after `learn` epochs, its values trained for `tune` epochs "
-            "(deep compression, as in coremltools' palettisation), in the same file format.",
+            f"{100 * WORTH:.1f} points on validation images; 32: exact; trained: few values from the projection on, "
+            "written exactly. *to fp32*: the state_dict's bytes to the file's. *loss*: points to the dense network "
+            "trained for as many epochs, in the file of its own row. A *palette* is k-means of each layer's weights "
+            "after `learn` epochs, its values trained for `tune` epochs (deep compression, as in coremltools' "
+            "palettisation), in the same file format.",
             tabulate(rows, heads, "github", disable_numparse=True),
         ]
     )
@@ -222,6 +226,7 @@ def main() -> None:
     dense = comparison.train_dense(run, options.checkpoints)
     arms = [Arm(dsp) for dsp in (False, True)] + [Arm(dsp, blocks) for dsp in (False, True) for blocks in CONFIGS]
     arms += [Arm(palette=bits) for bits in (4, 3, 2)]
+    arms += [Arm(dsp, blocks, bits) for dsp in (False, True) for blocks in CONFIGS for bits in (4, 3)]
     for arm in arms:
         path = run.folder.parent / f"{arm.label}.json"
         if path.exists() or (options.arms and arm.label not in options.arms):

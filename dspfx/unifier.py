@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,15 +14,17 @@ from dspfx import ranks
 from dspfx.config import BlockConfig
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
 from dspfx.learner_checks import check_optimizer
+from dspfx.method import levels
 from dspfx.method.blocks import FREE, UNIFIED, Tiling, projected
 from dspfx.optimizers import Follower, is_skipped, stepping_optimizer
 from dspfx.passes.plan_unify import choose_blocks, plan_unify, weights_to_unify
 from dspfx.passes.unify_blocks import classes_of, unify_blocks
 from dspfx.plans import UnifyPlan
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _PULL = 16.0  # rho="auto": the sum of all pulls, were the learning rate constant; falling rates halve it
 _RAMP = 10.0  # rho grows from its tenth to its tenfold
+_PRECISION = 36  # bits of a weight that count in a sum of up to 2 ** 26
 _MOST = 0.5  # of the way to its target that a weight is pulled in a step
 
 
@@ -37,10 +40,13 @@ class _Layer:
     signs: Tensor | None = None  # like the weight: its sign in unified blocks, else 0
     free: Tensor | None = None  # like the weight: 1 in free blocks, else 0
     living: Tensor | None = None  # by block: how many weights a sign has
+    level: Tensor | None = (
+        None  # int16 [weights]: which value it has: 1, 2, ... in unified blocks, -1, ... in free ones
+    )
 
     def follow(self) -> None:
         """Goes where the network has gone since."""
-        for key in ("dual", "target", "signs", "free", "living"):
+        for key in ("dual", "target", "signs", "free", "living", "level"):
             value = getattr(self, key)
             if value is not None and value.device != self.weight.device:
                 setattr(self, key, value.to(self.weight.device))
@@ -52,6 +58,9 @@ class _Layer:
         """
         assert self.signs is not None
         assert self.free is not None
+        if self.level is not None:
+            self._keep_level(self.level.int(), (self.signs + self.free).flatten())
+            return
         weight, signs, free = (self.tiling.spread(x) for x in (self.weight, self.signs, self.free))
         if self.living is None:
             self.living = _block_sums(signs.abs()).clamp_(min=1)
@@ -59,6 +68,33 @@ class _Layer:
         weight.mul_(free).addcmul_(signs, value.expand(-1, -1, -1, signs.shape[3], *value.shape[4:]).contiguous())
         if weight.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():
             self.weight.copy_(self.tiling.gathered(weight))
+
+    def find_levels(self, bits: int) -> None:
+        """Few values for the weights of free blocks, and few absolute ones for unified blocks, as near as can be."""
+        assert self.signs is not None
+        weight, signs = self.weight.detach().flatten(), self.signs.flatten()
+        self.level = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device)
+        for side, chosen, values in ((1, signs != 0, weight.abs()), (-1, (signs == 0) & (weight != 0), weight)):
+            own = values[chosen].double().cpu().numpy()
+            if len(own):
+                number = levels.nearest(own, levels.palette(own, bits)).astype(np.int16) + 1
+                self.level[chosen] = torch.from_numpy(side * number).to(weight.device)
+
+    def _keep_level(self, level: Tensor, signs: Tensor) -> None:
+        """Each level's weights become their mean, of absolute values with the signs where blocks are unified.
+
+        Sums are of integers: the same in any order, so on all ranks and in a resumed run.
+        """
+        zero = -int(level.min())
+        level, size = level + zero, int(level.max()) + zero + 1
+        values = self.weight.flatten() * signs
+        unit = values.abs().max().double().clamp(min=1e-30) * 2.0**-_PRECISION
+        sums = torch.zeros(size, dtype=torch.int64, device=level.device)
+        sums.index_add_(0, level, (values.double() / unit).round().long())
+        means = (sums * unit / level.bincount(minlength=size).clamp(min=1)).to(values.dtype)
+        means[zero] = 0
+        means[zero:].clamp_(min=0)
+        self.weight.copy_((means[level] * signs).view(self.weight.shape))
 
 
 def _block_sums(spread: Tensor) -> Tensor:
@@ -140,11 +176,17 @@ class Unifier(Follower):
         self._hooks = [optimizer.register_step_post_hook(self._after_optimizer_step)]
 
     @torch.no_grad()
-    def project(self) -> UnifyPlan:
+    def project(self, bits: int | None = None) -> UnifyPlan:
         """Makes the blocks alike, in place, and keeps them so from now on; returns what was decided.
 
-        Raises ModelError where a weight is not finite, or it was called before.
+        With `bits`, from 1 to 8, the values of a layer's unified blocks become at most 2 ** bits different ones, and
+        those of its free weights too (one-dimensional k-means): which block or weight has which of them stays, the
+        values train on. `write_compressed` then writes them exactly, in about so many bits each.
+
+        Raises ModelError where a weight is not finite, or it was called before; ConfigError for other bits.
         """
+        if bits is not None and (type(bits) is not int or not 1 <= bits <= 8):
+            raise ConfigError(f"Unifier.project got bits={bits!r}; give 1 to 8, or None for values of any number.")
         if self.plan is not None:
             raise ModelError("Unifier.project() was called before; what it decided is in `unifier.plan`.")
         weights = {layer.name: layer.weight for layer in self._layers}
@@ -152,6 +194,10 @@ class Unifier(Follower):
         self.plan = plan_unify(weights, self.config)
         self._fix(self.plan)
         unify_blocks(self._model, self.plan)
+        if bits is not None:
+            for layer in self._layers:
+                layer.find_levels(bits)
+                layer.keep_alike()
         return self.plan
 
     def stats(self) -> dict[str, float]:
@@ -162,9 +208,10 @@ class Unifier(Follower):
         return {"steps": self.steps, "rho": self._rho(), "gap": 0.0 if self.plan else math.sqrt(gap / max(norm, 1e-30))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, U, Z - U and, after `project()`, the plan with the signs; plain tensors, numbers and text."""
+        """Steps, U, Z - U and, after `project()`, the plan, signs and levels; plain tensors, numbers and text."""
         layers = {x.name: {"dual": x.dual.clone(), "target": x.target.clone()} for x in self._layers}
         signs = {x.name: x.signs.to(torch.int8) for x in self._layers if x.signs is not None}
+        shared = {x.name: x.level.clone() for x in self._layers if x.level is not None}
         plan = None if self.plan is None else self.plan.to_json()
         head: dict[str, Any] = {
             "version": _STATE_VERSION,
@@ -173,7 +220,7 @@ class Unifier(Follower):
             "rate": self._largest_rate,
         }
         head["blocks"] = repr(self.config)
-        return head | {"layers": {} if plan else layers, "signs": signs, "plan": plan}
+        return head | {"layers": {} if plan else layers, "signs": signs, "levels": shared, "plan": plan}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict()` was taken; raises, and changes nothing, where it is of another network."""
@@ -201,7 +248,8 @@ class Unifier(Follower):
             if plan is not None:
                 assert layer.signs is not None
                 layer.signs.copy_(held[layer.name])
-                layer.living = None
+                layer.living, level = None, state["levels"].get(layer.name)
+                layer.level = None if level is None else level.to(layer.weight.device, copy=True)
             else:
                 layer.dual.copy_(held[layer.name]["dual"])
                 layer.target.copy_(held[layer.name]["target"])

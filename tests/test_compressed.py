@@ -19,8 +19,8 @@ import dspfx
 from dspfx.cli.models import build
 from dspfx.config import BlockConfig, GateConfig
 from dspfx.errors import ConfigError, StorageError
+from dspfx.method import levels
 from dspfx.method.blocks import FREE, PRUNED, UNIFIED, Tiling, counts, distortions, projected, select
-from dspfx.storage import levels
 from dspfx.storage.compressed import compressed_index
 from dspfx.storage.report import CompressedRow
 from dspfx.storage.streams import compress, from_planes, pack, pack_trits, to_planes, unpack, unpack_trits

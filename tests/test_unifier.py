@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 import dspfx
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
-from dspfx.method.blocks import PRUNED, UNIFIED, Tiling
+from dspfx.method.blocks import FREE, PRUNED, UNIFIED, Tiling
 from dspfx.passes.unify_blocks import unify_blocks
 from dspfx.plans import UnifyPlan
 
@@ -161,7 +163,67 @@ def test_a_step_of_an_alike_block_is_the_gradient_of_its_one_value() -> None:
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_what_pruning_dropped_stays_zero_and_blocks_alike() -> None:
+def by_levels(plan: UnifyPlan, weights: dict[str, Tensor]) -> dict[str, list[list[tuple[int, float]]]]:
+    """By layer, of its unified and of its free weights: (index, absolute value or value), by a loop."""
+    found = {}
+    for layer in plan.layers:
+        tiling = Tiling(layer.shape, plan.config.shape, plan.config.layout)
+        size = math.prod(plan.config.shape)
+        kinds = torch.tensor(list(layer.kinds()))[:, None].expand(-1, size).float()
+        flat, of = weights[layer.name].flatten().tolist(), tiling.join(kinds).flatten().tolist()
+        unified = [(i, abs(w)) for i, (w, kind) in enumerate(zip(flat, of, strict=True)) if kind == UNIFIED and w]
+        free = [(i, w) for i, (w, kind) in enumerate(zip(flat, of, strict=True)) if kind == FREE and w]
+        found[layer.name] = [unified, free]
+    return found
+
+
+def layer_weights(model: nn.Module, plan: UnifyPlan) -> dict[str, Tensor]:
+    modules = dict(model.named_modules())
+    return {layer.name: modules[layer.name].weight.detach().clone() for layer in plan.layers}
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_few_values_train_as_the_means_of_their_weights(bits: int) -> None:
+    """Against a loop over the weights, of what an optimizer without levels makes of them in one step."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    with dspfx.Unifier(model, optimizer, CONFIG, total_steps=10) as unifier:
+        train(model, optimizer, 10)
+        plan = unifier.project(bits)
+        check_alike(model, plan)
+        before = layer_weights(model, plan)
+        alone = copy.deepcopy(model)
+        other = torch.optim.SGD(alone.parameters(), 0.05, momentum=0.9)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(alone, other, 1, seed=2)
+        train(model, optimizer, 1, seed=2)
+        check_alike(model, plan)
+    after, stepped = layer_weights(model, plan), layer_weights(alone, plan)
+    for name, kinds in by_levels(plan, before).items():
+        start, expected = before[name].flatten(), torch.zeros(before[name].numel(), dtype=torch.float64)
+        for cells in kinds:
+            assert len({value for _, value in cells}) <= 2**bits
+            for value in {value for _, value in cells}:
+                mine = [i for i, other_value in cells if other_value == value]
+                signs = start[mine].sign() if cells is kinds[0] else torch.ones(len(mine))
+                mean = float((stepped[name].flatten()[mine] * signs).double().mean())
+                expected[mine] = signs.double() * (max(mean, 0.0) if cells is kinds[0] else mean)
+        torch.testing.assert_close(after[name].flatten().double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_trained_levels_are_written_exactly_and_in_few_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    unifier = dspfx.Unifier(model, torch.optim.SGD(model.parameters(), 0.1), dspfx.BlockConfig((2, 2), 0.2, 0.5), 1)
+    unifier.project(bits=3)
+    report = dspfx.write_compressed(model, tmp_path / "small.safetensors", unifier.config)
+    back = dspfx.read_compressed(tmp_path / "small.safetensors", copy.deepcopy(model))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
+    assert report.ratio > 11  # 0.5 signs + 0.5 / 4 * 3 + 0.3 * 3 + 1.5 / 4 of 32 bits is 15, and biases and tables
+
+
+@pytest.mark.parametrize("bits", [None, 2])
+def test_what_pruning_dropped_stays_zero_and_blocks_alike(bits: int | None) -> None:
     images = torch.randn(2, 3, 8, 8)
     gm = dspfx.prepare(network(), images, dspfx.GateConfig(groups=2))
     dspfx.prune(gm, dspfx.Budget(flops=0.5))
@@ -169,7 +231,7 @@ def test_what_pruning_dropped_stays_zero_and_blocks_alike() -> None:
     optimizer = torch.optim.SGD(gm.parameters(), 0.05, momentum=0.9)
     with dspfx.Unifier(gm, optimizer, CONFIG, total_steps=20) as unifier:
         train(gm, optimizer, 20)
-        plan = unifier.project()
+        plan = unifier.project(bits)
         train(gm, optimizer, 5)
     check_alike(gm, plan)
     for name, parameter in gm.named_parameters():
@@ -191,8 +253,8 @@ def test_lowering_takes_out_what_pruned_blocks_leave_dead() -> None:
     assert torch.allclose(small(images), model(images), atol=1e-6)
 
 
-@pytest.mark.parametrize("is_projected", [False, True])
-def test_a_resumed_run_is_the_uninterrupted_one(is_projected: bool) -> None:
+@pytest.mark.parametrize(("is_projected", "bits"), [(False, None), (True, None), (True, 2)])
+def test_a_resumed_run_is_the_uninterrupted_one(is_projected: bool, bits: int | None) -> None:
     def begin() -> tuple[Any, Any, Any]:
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -201,7 +263,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(is_projected: bool) -> None:
     model, optimizer, unifier = begin()
     train(model, optimizer, 11)
     if is_projected:
-        unifier.project()
+        unifier.project(bits)
         train(model, optimizer, 2)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), unifier.state_dict()))
     train(model, optimizer, 10, seed=1)
@@ -259,6 +321,7 @@ def test_ties_are_unified_once() -> None:
         (lambda m, o: dspfx.Unifier(m, o, CONFIG, 0), ConfigError, "total_steps"),
         (lambda m, o: dspfx.Unifier(m, o, CONFIG, 5, rho=-1.0), ConfigError, "rho"),
         (lambda m, o: dspfx.Unifier(m, o, CONFIG, 5, every=0), ConfigError, "every"),
+        (lambda m, o: dspfx.Unifier(m, o, CONFIG, 5).project(0), ConfigError, "bits=0"),
         (lambda m, o: dspfx.Unifier(network(), o, CONFIG, 5), MismatchError, "'0.weight'"),
     ],
 )

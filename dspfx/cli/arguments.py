@@ -121,7 +121,10 @@ def _add_size(size: argparse._ArgumentGroup) -> None:
     )
     size.add_argument("--block", metavar="AxB", help=f"filters x input channels {_default('block')}")
     size.add_argument(
-        "--bits", type=int, help=f"of a value in the file, from 2 to 8; 32: exactly as trained {_default('bits')}"
+        "--bits",
+        type=int,
+        help="of a value in the file, from 2 to 8; up to 5, --epochs-unify train the few values there are; 32: "
+        f"exactly as trained {_default('bits')}",
     )
     size.add_argument(
         "--epochs-unify",

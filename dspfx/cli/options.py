@@ -97,6 +97,14 @@ class Settings:
             raise ConfigError("--strength steered needs flops or params in --budget to steer by; add one of them.")
 
     @property
+    def trains_values(self) -> bool:
+        """Whether the few values of --bits are found before the last epochs and train in them, not only rounded to.
+
+        Beyond 32 values a table of them is larger than what training them saves.
+        """
+        return self.epochs.unify > 0 and self.bits <= 5
+
+    @property
     def steered_by(self) -> Budget | None:
         """What the strength is steered by: of the budget, what is counted and not measured."""
         counted = self.budget.flops is not None or self.budget.params is not None

@@ -29,7 +29,7 @@ def unify(gm: nn.Module, settings: Settings, trainer: Trainer) -> tuple[UnifyPla
         whole.curve += trainer.fit(gm, optimizer, first, unifier).curve
         state = load_state(path)
         if state is None:
-            unifier.project()
+            unifier.project(settings.bits if settings.trains_values else None)
             recalibrate(gm, trainer.train, settings.recipe.batch_size)
             state = {"model": gm.state_dict(), "unifier": unifier.state_dict()}
             save_state(path, state)
@@ -46,6 +46,7 @@ def unify(gm: nn.Module, settings: Settings, trainer: Trainer) -> tuple[UnifyPla
 
 def compressed(gm: nn.Module, dense: nn.Module, settings: Settings, path: Path) -> nn.Module:
     """The dense network's class with what the small file, written here, holds of `gm`."""
-    written = dspfx.write_compressed(gm, path, settings.blocks, bits=None if settings.bits == 32 else settings.bits)
+    is_exact = settings.bits == 32 or settings.trains_values
+    written = dspfx.write_compressed(gm, path, settings.blocks, bits=None if is_exact else settings.bits)
     say(str(written))
     return dspfx.read_compressed(path, copy.deepcopy(dense))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspfx.errors import StorageError
-from dspfx.storage import levels
+from dspfx.method import levels
 from dspfx.storage.streams import Bytes, Cursor, compress, from_planes, pack, packed_size, to_planes, unpack
 
 Words = NDArray[np.unsignedinteger]

@@ -126,7 +126,7 @@ UNIFY = ("--unify", "0.5", "--prune-blocks", "0.25", "--block", "4x2")
 
 def test_blocks_become_alike_and_the_file_small(finished: Path, tmp_path: Path) -> None:
     """Interrupted before the last stage and before its results, too."""
-    epochs = ("--epochs-tune", "1", "--epochs-unify", "1", "--bits", "6", "--dense-control")
+    epochs = ("--epochs-tune", "1", "--epochs-unify", "1", "--bits", "4", "--dense-control")
     fork = ["compress", "--fork", str(finished), "--out", str(tmp_path), *DATA[4:], *UNIFY, *epochs]
     assert main(fork) == 0
     results, file = read(tmp_path), tmp_path / "compressed.safetensors"
@@ -137,8 +137,8 @@ def test_blocks_become_alike_and_the_file_small(finished: Path, tmp_path: Path) 
     assert plan.config == dspfx.BlockConfig((4, 2), 0.25, 0.5)
     assert plan.unified >= 0.49
     pruned, small = results["networks"]["pruned"], results["networks"]["compressed"]
-    assert small["file_bytes"] == file.stat().st_size < 0.15 * pruned["file_bytes"]
-    assert small["test"]["accuracy"] == pytest.approx(pruned["test"]["accuracy"], abs=0.1)
+    assert small["file_bytes"] == file.stat().st_size < 0.12 * pruned["file_bytes"]
+    assert small["test"] == pruned["test"]  # values that trained are written exactly
     before = file.read_bytes()
     for name in ("results.json", "compressed.safetensors", "checkpoints/settle.pt"):
         (tmp_path / name).unlink()

@@ -62,7 +62,7 @@ def signed_ladder(sample: Sample, bits: int) -> Ladder | None:
     where the values are beyond what float32 can step through.
     """
     largest = float(np.abs(sample.values[[0, -1]]).max())
-    sizes = (2**bits, 2**bits - 1)
+    sizes = [size for size in (2**bits, 2**bits - 1) if size > 1]
     return _best(sample, [(largest * ratio / (size - 1), 1 - size, 2, size) for size in sizes for ratio in _RATIOS])
 
 
@@ -97,6 +97,18 @@ def _lloyd(sample: Sample, levels: Floats) -> Floats:
             break
         levels = moved
     return levels
+
+
+def palette(values: Floats, bits: int) -> NDArray[np.float32]:
+    """At most 2 ** bits levels of least squared error, ascending; of one sign where the values have one."""
+    known = np.unique(values.astype(np.float32))
+    if len(known) <= 2**bits:
+        return known
+    sample = Sample(values, np.ones_like(values))
+    start = np.quantile(sample.values, (np.arange(2**bits) + 0.5) / 2**bits)
+    ladder = (positive_ladder if values.min() > 0 else signed_ladder)(sample, bits)
+    found = k_means(sample, start if ladder is None else ladder.levels)
+    return np.unique(found.astype(np.float32))
 
 
 def nearest(values: NDArray[np.floating], levels: NDArray[np.floating]) -> NDArray[np.uint8]:
