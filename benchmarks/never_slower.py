@@ -4,7 +4,9 @@
 
 Every network is lowered for a runtime and a batch by `dspfx.lower(..., tune="auto")`, which measures and chooses; then
 dense, plain and lowered are built again and timed beside each other, independently of what the choice was made from.
-Started again, it goes on from what docs/results/never_slower.jsonl holds.
+Started again, it goes on from what docs/results/never_slower.jsonl holds. `--again` chooses and times anew, in five
+times the rounds, what came out above the limit: networks of a tenth of a millisecond differ by more than that from
+themselves.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from tests.zoo import ZOO
 
 ALLOWED = 1.03
 ROUNDS = 20
+AGAIN = 5  # times as many rounds
 BATCHES = (1, 8, 64)
 RUNTIMES = ("onnxruntime", "openvino", "eager")
 BIG = {
@@ -95,17 +98,19 @@ def networks() -> dict[str, Callable[[], tuple[nn.Module, nn.Module, Callable[[i
     return found
 
 
-def measure(parts: tuple[nn.Module, nn.Module, Callable[[int], Any]], runtime: str, batch: int) -> dict[str, Any]:
+def measure(
+    parts: tuple[nn.Module, nn.Module, Callable[[int], Any]], runtime: str, batch: int, rounds: int = ROUNDS
+) -> dict[str, Any]:
     """The times of a lowered network to those of the dense and the plain one, and how it was lowered."""
     dense, gm, inputs = parts
     example = inputs(batch)
     small = dspfx.lower(gm, example, runtime)
     contest = small.meta["contest"]
-    forms = {"dense": dense, "plain": forced(gm, "dense"), "lowered": small}
+    forms = {"dense": dense, "plain": forced(gm, "dense", example_inputs=example), "lowered": small}
     inputs, device = Inputs.of(example), first_device(dense)
     built = {name: build(runtime, network, inputs) for name, network in forms.items()}
     with torch_threads(1), torch.inference_mode():
-        samples = interleave({name: forward_pass(network, inputs, device) for name, network in built.items()}, ROUNDS)
+        samples = interleave({name: forward_pass(network, inputs, device) for name, network in built.items()}, rounds)
     to_dense = compare(samples)
     to_plain = compare({name: samples[name] for name in ("plain", "lowered")})
     return {
@@ -119,10 +124,17 @@ def measure(parts: tuple[nn.Module, nn.Module, Callable[[int], Any]], runtime: s
     }
 
 
+def is_above(row: dict[str, Any]) -> bool:
+    """Whether it is slower than the faster of the two by more than is allowed."""
+    return "to_dense" in row and max(row["to_dense"], row["to_plain"]) > ALLOWED
+
+
 def page(rows: list[dict[str, Any]], title: str, command: str) -> str:
     """The table in Markdown, and the worst of it."""
     timed = [row for row in rows if "to_dense" in row]
-    worst = [row for row in timed if max(row["to_dense"], row["to_plain"]) > ALLOWED]
+    above = [row for row in timed if is_above(row)]
+    worst = [row for row in above if is_above(row.get("again", row))]
+    cleared = len(above) - len(worst)
     table = [
         (row["network"], row["runtime"], row["batch"], f"{row['ms']:.2f}", f"{row['to_dense']:.2f}",
          f"{row['to_plain']:.2f}", f"{row['spread']:.2f}", row["form"])
@@ -130,7 +142,9 @@ def page(rows: list[dict[str, Any]], title: str, command: str) -> str:
     ]  # fmt: skip
     headers = ["network", "runtime", "batch", "dense ms", "to dense", "to plain", "spread", "chosen"]
     beyond = "; ".join(
-        f"{row['network']} on {row['runtime']}, batch {row['batch']}: {row['to_dense']:.2f} / {row['to_plain']:.2f}"
+        f"{row['network']} on {row['runtime']}, batch {row['batch']}: "
+        + " and ".join(f"{x['to_dense']:.2f} / {x['to_plain']:.2f}" for x in (row, row.get("again")) if x)
+        + f", of {row['ms']:.2f} ms, as {row['form']}"
         for row in worst
     )
     rejected = "; ".join(f"{row['network']} on {row['runtime']}" for row in rows if "error" in row)
@@ -142,7 +156,8 @@ def page(rows: list[dict[str, Any]], title: str, command: str) -> str:
             "interquartile range of the ratio to dense; both ratios are medians of paired ratios.",
             f"{len(timed)} cases of {len({row['network'] for row in timed})} networks; without --only the command goes "
             f"on with the rest of {len(networks())}, and rows of earlier calls stay. "
-            f"{len(timed) - len(worst)} cases at most {ALLOWED} of the faster of the two"
+            f"{len(timed) - len(above)} cases at most {ALLOWED} of the faster of the two at once"
+            + (f", {cleared} more chosen and timed anew in {AGAIN * ROUNDS} rounds" if cleared else "")
             + (f". Above it: {beyond}." if worst else ".")
             + (f" Rejected by the runtime in every form, dense included: {rejected}." if rejected else ""),
             tabulate(table, headers, "github", disable_numparse=True),
@@ -157,6 +172,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="networks whose name contains this")
     parser.add_argument("--runtimes", default=",".join(RUNTIMES))
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--again", action="store_true", help="only what came out above the limit")
     parser.add_argument("--rows", type=Path, default=Path("docs/results/never_slower.jsonl"))
     parser.add_argument("--title", default="Never slower", help="of the page")
     parser.add_argument("--write", type=Path, help="write the page to this file")
@@ -167,7 +183,7 @@ def main() -> None:
     for name, make in networks().items():
         cases = [(r, int(b)) for r in options.runtimes.split(",") for b in options.batches.split(",")]
         todo = [case for case in cases if (name, *case) not in done]
-        if options.only not in name or not todo:
+        if options.again or options.only not in name or not todo:
             continue
         parts = make()
         for runtime, batch in todo:
@@ -180,6 +196,11 @@ def main() -> None:
             print(row, flush=True)
             with options.rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+    for row in rows if options.again else ():
+        if is_above(row) and "again" not in row:
+            row["again"] = measure(networks()[row["network"]](), row["runtime"], row["batch"], AGAIN * ROUNDS)
+            print(row, flush=True)
+            options.rows.write_text("".join(json.dumps(r) + "\n" for r in rows))
     if options.write:
         preloaded = os.environ.get("LD_PRELOAD", "")  # benchmarks/avx2_only.c
         prefix = f"LD_PRELOAD=./{Path(preloaded).name} " if preloaded else ""

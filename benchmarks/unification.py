@@ -36,6 +36,7 @@ COMMAND = """\
         --write docs/results/unification.md"""
 FLOPS = 0.40
 BITS = (8, 6, 5, 4, 3)
+QPS = (-38, -35, -32, -30, -28, -26, -24, -22, -20)
 WORTH = 0.002  # of validation accuracy, that fewer bits may cost
 ALL = dspfx.BlockConfig((4, 4), 0.0, 1.0)
 MIXED = {"prune": 0.3, "unify": 0.5}
@@ -49,6 +50,8 @@ CONFIGS: dict[str, dspfx.BlockConfig] = {
     "4x4 unified": ALL,
     "4x4 half": dspfx.BlockConfig((4, 4), 0.5, 0.5),
     "2x2 gentle": dspfx.BlockConfig((2, 2), 0.2, 0.5),
+    "no blocks": dspfx.BlockConfig((1, 1), 0.0, 0.0),  # what a palette, or DSP, does alone
+    "2x2 light": dspfx.BlockConfig((2, 2), 0.1, 0.4),
     "4x4 gentle": dspfx.BlockConfig((4, 4), 0.1, 0.4),
 }
 
@@ -60,11 +63,13 @@ class Arm:
     with_dsp: bool = False
     blocks: str | None = None
     palette: int | None = None
+    coder: str = "ours"
 
     @property
     def label(self) -> str:
         palette = f"palette{self.palette}" if self.palette else ""
-        what = " ".join(filter(None, (self.blocks, palette))) or "control"
+        coder = self.coder if self.coder != "ours" else ""
+        what = " ".join(filter(None, (self.blocks, palette, coder))) or "control"
         return f"unify{'_dsp' if self.with_dsp else ''}_{what.replace(' ', '_')}"
 
 
@@ -137,9 +142,38 @@ def train(run: Run, dense: nn.Module, arm: Arm) -> nn.Module:
     return model
 
 
+def nncodec_files(run: Run, model: nn.Module, arm: Arm) -> dict[str, Any]:
+    """The same for NNCodec (ISO/IEC 15938-17, `pip install nncodec`): its quantisation parameter in place of bits."""
+    from nncodec.nn import decode, encode
+
+    def read(path: Path) -> nn.Module:
+        back = comparison.build(run.name, None)
+        found = {key: torch.from_numpy(x) for key, x in decode(path.read_bytes()).items()}
+        back.load_state_dict(found, strict=False)  # counters of batches are not written
+        return back.eval()
+
+    values = {key: t.detach().numpy() for key, t in model.state_dict().items() if t.is_floating_point()}
+    rows: list[dict[str, Any]] = []
+    paths = {f"QP {qp}": run.folder / f"{arm.label}_{-qp}.nnc" for qp in QPS}
+    for qp, (name, path) in zip(QPS, paths.items(), strict=True):
+        path.write_bytes(encode(values, {"qp": qp, "verbose": False, "results": str(run.folder)}))
+        rows.append({"bits": name, "bytes": path.stat().st_size, "validation": run.validate(read(path))})
+        print(arm.label, rows[-1], flush=True)
+    chosen = _smallest(rows)
+    chosen["test"] = evaluate(read(paths[chosen["bits"]]), run.data.test(), run.settings.batch_size).accuracy
+    parameters = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return {"arm": asdict(arm), "files": rows, "chosen": chosen, "fp32": parameters}
+
+
+def _smallest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The smallest file that is as good as the best, but for WORTH."""
+    best = max(row["validation"] for row in rows)
+    return min((row for row in rows if row["validation"] >= best - WORTH), key=lambda row: row["bytes"])
+
+
 def files(run: Run, model: nn.Module, arm: Arm) -> dict[str, Any]:
     """The network's compressed file at every number of bits, read back: bytes and accuracy; the choice is tested."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     options = (None,) if arm.palette else (None, *BITS)  # a palette is found, and written exactly
     for bits in options:
         path = run.folder / f"{arm.label}_{bits or 'exact'}.safetensors"
@@ -147,8 +181,7 @@ def files(run: Run, model: nn.Module, arm: Arm) -> dict[str, Any]:
         back = dspfx.read_compressed(path, comparison.build(run.name, None)).eval()
         rows.append({"bits": bits, "bytes": path.stat().st_size, "validation": run.validate(back)})
         print(arm.label, rows[-1], f"{report.ratio:.2f}", flush=True)
-    best = max(row["validation"] for row in rows)
-    chosen = min((row for row in rows if row["validation"] >= best - WORTH), key=lambda row: row["bytes"])
+    chosen = _smallest(rows)
     path = run.folder / f"{arm.label}_{chosen['bits'] or 'exact'}.safetensors"
     back = dspfx.read_compressed(path, comparison.build(run.name, None)).eval()
     chosen["test"] = evaluate(back, run.data.test(), run.settings.batch_size).accuracy
@@ -165,7 +198,8 @@ def page(results: list[dict[str, Any]], settings: str) -> str:
         config = CONFIGS.get(arm["blocks"] or "")
         control = controls.get((r["network"], r["seed"], arm["with_dsp"]))
         palette = f"palette of {1 << arm['palette']}" if arm["palette"] else ""
-        what = ", ".join(filter(None, (arm["blocks"], palette))) or "dense"
+        peer = "dense, NNCodec" if arm.get("coder") == "nncodec" else ""
+        what = ", ".join(filter(None, (arm["blocks"], palette, peer))) or "dense"
         rows.append(
             (
                 r["network"],
@@ -207,7 +241,8 @@ def page(results: list[dict[str, Any]], settings: str) -> str:
 
 
 def _is_control(result: dict[str, Any]) -> bool:
-    return result["arm"]["blocks"] is None and result["arm"]["palette"] is None
+    arm = result["arm"]
+    return arm["blocks"] is None and arm["palette"] is None and arm.get("coder", "ours") == "ours"
 
 
 def main() -> None:
@@ -217,21 +252,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--network", choices=comparison.NETWORKS, default="resnet20")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=Settings().images)
+    for name, default in asdict(Settings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--arms", nargs="+", help="labels, such as unify_4x4 (default: all)")
     parser.add_argument("--write", type=Path, help="write the result page to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run = comparison.open_run(options, Settings(images=options.images), options.network, options.seed)
+    settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
+    run = comparison.open_run(options, settings, options.network, options.seed)
     dense = comparison.train_dense(run, options.checkpoints)
     arms = [Arm(dsp) for dsp in (False, True)] + [Arm(dsp, blocks) for dsp in (False, True) for blocks in CONFIGS]
-    arms += [Arm(palette=bits) for bits in (4, 3, 2)]
+    arms += [Arm(palette=bits) for bits in (4, 3, 2)] + [Arm(coder="nncodec")]
     arms += [Arm(dsp, blocks, bits) for dsp in (False, True) for blocks in CONFIGS for bits in (4, 3)]
     for arm in arms:
         path = run.folder.parent / f"{arm.label}.json"
         if path.exists() or (options.arms and arm.label not in options.arms):
             continue
-        found = files(run, train(run, dense, arm), arm)
+        # A peer codes the control, trained on under its own label.
+        is_ours = arm.coder == "ours"
+        model = train(run, dense, arm if is_ours else Arm())
+        found = (files if is_ours else nncodec_files)(run, model, arm)
         write_text(path, json.dumps(found | {"network": run.name, "seed": run.seed}))
     results = [json.loads(file.read_text()) for file in sorted(options.out.glob("*/*/unify*.json"))]
     names = {r["network"] for r in results}

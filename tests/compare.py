@@ -108,8 +108,10 @@ def _pruned(entry: ZooEntry) -> TracedModule:
     return gm
 
 
-def forced(model: nn.Module, form: str = "branches", multiple: int = 1, fold: bool = True) -> Any:
+def forced(
+    model: nn.Module, form: str = "branches", multiple: int = 1, fold: bool = True, example_inputs: Any = None
+) -> Any:
     """`model` lowered with every layer in `form` that can take it, and widths in multiples."""
-    gm = pipeline._plain(model, None)
+    gm = pipeline._plain(model, example_inputs)
     options = LowerOptions(multiple, lambda case: 1.0 if case.form == form else 2.0, (cast(Form, form),))
     return pipeline._carried_out(gm, pipeline._planned(gm, options), fold)

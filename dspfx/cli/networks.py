@@ -16,8 +16,9 @@ from dspfx.errors import ConfigError, StorageError
 from dspfx.graph.inputs import realise
 from dspfx.graph.samples import samples, with_samples
 from dspfx.graph.traced import network_meta
+from dspfx.storage.compressed import compressed_index
 
-HELP = f"a file that dspfx.save wrote, or {models.HELP}"
+HELP = f"a file that dspfx.save or write_compressed wrote, or {models.HELP}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_networks(names: Sequence[str], classes: int | None) -> list[nn.Module]:
-    """The networks of these names and files; a pruned one, which needs its class, is read into the first named one.
+    """The networks of these names and files; what needs its class, pruned or compressed, is read into the first named.
 
     Raises ConfigError or StorageError for what is not there.
     """
@@ -90,10 +91,19 @@ def _open(name: str, known: Sequence[str], classes: int) -> nn.Module:
         except StorageError:
             if not known:
                 raise
-            return dspfx.load(name, models.build(known[0], classes))  # a pruned one needs its class
+        dense = models.build(known[0], classes)
+        return dspfx.read_compressed(name, dense) if _is_compressed(name) else dspfx.load(name, dense)
     if "/" in name or name.endswith(".safetensors"):
         raise ConfigError(f"{name} is not a file; give one that dspfx.save wrote, or the name of a network.")
     return models.build(name, classes)
+
+
+def _is_compressed(name: str) -> bool:
+    try:
+        compressed_index(name)
+    except StorageError:
+        return False
+    return True
 
 
 def _shape(text: str) -> tuple[int, ...]:

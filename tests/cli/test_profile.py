@@ -9,7 +9,7 @@ import torch
 
 import dspfx
 from dspfx.__main__ import main
-from dspfx.cli import models
+from dspfx.cli import models, networks
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,18 @@ def test_a_pruned_network_is_read_into_the_named_one(
 ) -> None:
     text = shown(capsys, "resnet20", "--against", str(files["pruned"]))
     assert row(text, "total")[3] == "100.0%"  # masked, not yet lowered
+
+
+def test_a_compressed_file_is_read_into_the_named_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = models.build("resnet20", 10)
+    dspfx.write_compressed(model, tmp_path / "small.safetensors", bits=4)
+    text = shown(capsys, "resnet20", "--against", str(tmp_path / "small.safetensors"))
+    assert row(text, "total")[3] == "100.0%"
+    _, read = networks.open_networks(["resnet20", str(tmp_path / "small.safetensors")], None)
+    expected = dspfx.read_compressed(tmp_path / "small.safetensors", model).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in read.state_dict().items())
+    assert main(["profile", str(tmp_path / "small.safetensors")]) == 2
+    assert "read_compressed" in capsys.readouterr().err
 
 
 def test_json(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
