@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from dspfx.graph.layers import CONVS, TRANSPOSED
 from dspfx.grouped import PaddedGroupConv2d, pad_groups
-from dspfx.kernel_conv import KernelConv2d
+from dspfx.kernel_conv import KernelConv2d, has_kernel
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group
 
@@ -151,6 +152,15 @@ def case_of(module: nn.Module, shape: tuple[int, ...]) -> FormCase | None:
         dilation=tuple(conv.dilation),
         groups=conv.groups,
     )
+
+
+def split_forms(runtime: str, device: torch.device, dtype: torch.dtype) -> tuple[Form, ...]:
+    """The forms of split layers that are worth timing there: a kernel of our own is one on GPUs.
+
+    On CPUs whole chains of layers run in native kernels, and compete as such.
+    """
+    calls_ours = runtime in ("eager", "inductor") and device.type == "cuda" and has_kernel(device, dtype)
+    return ("kernel", "grouped", "branches") if calls_ours else ("grouped", "branches")
 
 
 def build_form(case: FormCase) -> nn.Module:

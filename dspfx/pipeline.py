@@ -20,13 +20,12 @@ from dspfx.deploy.machine import block_widths
 from dspfx.deploy.runtimes import check_runtime
 from dspfx.deploy.settle import settle
 from dspfx.errors import BudgetError, ConfigError, ModelError, RuntimeBuildError
-from dspfx.forms import Form
+from dspfx.forms import split_forms
 from dspfx.gates import gated_tensors
 from dspfx.graph.analyse import analyse
 from dspfx.graph.inputs import propagate
 from dspfx.graph.parts import describe_parts, trace_parts
 from dspfx.graph.traced import Network, network_meta, parts_of, settle_eval
-from dspfx.kernel_conv import has_kernel
 from dspfx.kernels.library import library_or_none
 from dspfx.method.importance import Importance, resolve
 from dspfx.modules import GatedLayer
@@ -239,8 +238,8 @@ def _tuned(gm: Network, inputs: Inputs, runtime: str, threads: int, fold: bool) 
 def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[Entrant]:
     """The forms of a whole network that are worth timing, safest first; of equal plans, the first."""
     block, *wider = block_widths(runtime)
-    splits = _splits(gm, runtime)
     with _costs(gm, runtime, threads) as table:
+        splits = split_forms(runtime, table.device, table.dtype)
         plans: dict[str, LowerPlan] = {}
         for name, options in (
             ("dense", LowerOptions(0, table, splits=())),
@@ -258,27 +257,11 @@ def _entrants(gm: Network, runtime: str, threads: int, fold: bool) -> Iterator[E
     for index, (name, plan) in enumerate(plans.items()):
         if index < 2 or (plan.ms or 0.0) <= HOPEFUL * best:  # what is not slower has to be shown for the first two
             yield Entrant(name, partial(_carried_out, copy.deepcopy(gm), plan, fold), plan.ms)
-    if fold and runtime in NATIVE and _is_plain_float(gm) and library_or_none() is not None:
+    is_ours = all(p.is_cpu and p.dtype == torch.float32 for p in gm.parameters())  # what the kernels are for
+    if fold and runtime in NATIVE and is_ours and library_or_none() is not None:
         plan = plans.get("dead channels removed", plans["dense"])
         make = partial(_carried_out, copy.deepcopy(gm), plan, fold)
         yield Entrant("native kernels", lambda: fuse_native(make()), is_checked=True)
-
-
-def _splits(gm: Network, runtime: str) -> tuple[Form, ...]:
-    """The forms of split layers that are worth timing there: a kernel of our own is one on GPUs.
-
-    On CPUs whole chains of layers run in native kernels, and compete as such.
-    """
-    parameter = next(iter(gm.parameters()), torch.empty(0))
-    calls_ours = (
-        runtime in ("eager", "inductor") and parameter.is_cuda and has_kernel(parameter.device, parameter.dtype)
-    )
-    return ("kernel", "grouped", "branches") if calls_ours else ("grouped", "branches")
-
-
-def _is_plain_float(gm: Network) -> bool:
-    """True for a network in float32 on the CPU, which the native kernels are for."""
-    return all(p.device.type == "cpu" and p.dtype == torch.float32 for p in gm.parameters())
 
 
 def _costs(gm: Network, runtime: str, threads: int) -> CostTable:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dspfx import ranks
+from dspfx.alike import AlikeWeight
 from dspfx.config import BlockConfig
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
 from dspfx.learner_checks import check_optimizer
-from dspfx.method import levels
 from dspfx.method.blocks import FREE, UNIFIED, Tiling, projected
 from dspfx.optimizers import Follower, is_skipped, stepping_optimizer
 from dspfx.passes.plan_unify import choose_blocks, plan_unify, weights_to_unify
@@ -24,82 +22,7 @@ from dspfx.plans import UnifyPlan
 _STATE_VERSION = 2
 _PULL = 16.0  # rho="auto": the sum of all pulls, were the learning rate constant; falling rates halve it
 _RAMP = 10.0  # rho grows from its tenth to its tenfold
-_PRECISION = 36  # bits of a weight that count in a sum of up to 2 ** 26
 _MOST = 0.5  # of the way to its target that a weight is pulled in a step
-
-
-@dataclass
-class _Layer:
-    """A weight in training: U of ADMM, and Z - U, where the pull goes; later the blocks' classes and signs."""
-
-    name: str
-    weight: nn.Parameter
-    tiling: Tiling
-    dual: Tensor
-    target: Tensor
-    signs: Tensor | None = None  # like the weight: its sign in unified blocks, else 0
-    free: Tensor | None = None  # like the weight: 1 in free blocks, else 0
-    living: Tensor | None = None  # by block: how many weights a sign has
-    level: Tensor | None = (
-        None  # int16 [weights]: which value it has: 1, 2, ... in unified blocks, -1, ... in free ones
-    )
-
-    def follow(self) -> None:
-        """Goes where the network has gone since."""
-        for key in ("dual", "target", "signs", "free", "living", "level"):
-            value = getattr(self, key)
-            if value is not None and value.device != self.weight.device:
-                setattr(self, key, value.to(self.weight.device))
-
-    def keep_alike(self) -> None:
-        """The nearest weights whose unified blocks have their signs and one absolute value, and whose pruned are zero.
-
-        Of a step along the gradient this is the step of the one shared value, scaled by the size of its block.
-        """
-        assert self.signs is not None
-        assert self.free is not None
-        if self.level is not None:
-            self._keep_level(self.level.int(), (self.signs + self.free).flatten())
-            return
-        weight, signs, free = (self.tiling.spread(x) for x in (self.weight, self.signs, self.free))
-        if self.living is None:
-            self.living = _block_sums(signs.abs()).clamp_(min=1)
-        value = _block_sums(weight * signs).div_(self.living).clamp_(min=0)
-        weight.mul_(free).addcmul_(signs, value.expand(-1, -1, -1, signs.shape[3], *value.shape[4:]).contiguous())
-        if weight.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():
-            self.weight.copy_(self.tiling.gathered(weight))
-
-    def find_levels(self, bits: int) -> None:
-        """Few values for the weights of free blocks, and few absolute ones for unified blocks, as near as can be."""
-        assert self.signs is not None
-        weight, signs = self.weight.detach().flatten(), self.signs.flatten()
-        self.level = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device)
-        for side, chosen, values in ((1, signs != 0, weight.abs()), (-1, (signs == 0) & (weight != 0), weight)):
-            own = values[chosen].double().cpu().numpy()
-            if len(own):
-                number = levels.nearest(own, levels.palette(own, bits)).astype(np.int16) + 1
-                self.level[chosen] = torch.from_numpy(side * number).to(weight.device)
-
-    def _keep_level(self, level: Tensor, signs: Tensor) -> None:
-        """Each level's weights become their mean, of absolute values with the signs where blocks are unified.
-
-        Sums are of integers: the same in any order, so on all ranks and in a resumed run.
-        """
-        zero = -int(level.min())
-        level, size = level + zero, int(level.max()) + zero + 1
-        values = self.weight.flatten() * signs
-        unit = values.abs().max().double().clamp(min=1e-30) * 2.0**-_PRECISION
-        sums = torch.zeros(size, dtype=torch.int64, device=level.device)
-        sums.index_add_(0, level, (values.double() / unit).round().long())
-        means = (sums * unit / level.bincount(minlength=size).clamp(min=1)).to(values.dtype)
-        means[zero] = 0
-        means[zero:].clamp_(min=0)
-        self.weight.copy_((means[level] * signs).view(self.weight.shape))
-
-
-def _block_sums(spread: Tensor) -> Tensor:
-    """[R, a, S, b, *kernel] -> [R, 1, S, 1, *kernel]; filters first, along which memory is read in long runs."""
-    return spread.sum(1, keepdim=True).sum(3, keepdim=True)
 
 
 class Unifier(Follower):
@@ -163,7 +86,7 @@ class Unifier(Follower):
         self._scale = 1.0  # U is kept for this rho, as a factor on its middle
         self._largest_rate = 0.0  # so far
         self._layers = [
-            _Layer(
+            AlikeWeight(
                 name,
                 weight,
                 Tiling(tuple(weight.shape), config.shape, config.layout),

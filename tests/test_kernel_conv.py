@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dspfx
-from dspfx import kernel_conv, pipeline
+from dspfx import forms, kernel_conv, pipeline
 from dspfx.deploy.costs import CostTable
 from dspfx.errors import ConfigError
 from dspfx.forms import FormCase
@@ -184,8 +184,12 @@ def test_lower_chooses_it_layer_by_layer_where_the_clock_says_so(monkeypatch: py
     entry = ZOO["resnet_projection"]
     gm = dspfx.prepare(entry.build().eval(), entry.inputs(2), dspfx.GateConfig(groups=2))
     dspfx.prune(gm, dspfx.Budget(flops=0.5))
-    assert pipeline._splits(gm, "eager") == ("grouped", "branches")
-    monkeypatch.setattr(pipeline, "_splits", lambda gm, runtime: ("kernel", "grouped", "branches"))
+    monkeypatch.setattr(forms, "has_kernel", lambda device, dtype: True)
+    gpu = forms.split_forms("eager", torch.device("cuda"), torch.float16)
+    assert gpu == ("kernel", "grouped", "branches")
+    assert forms.split_forms("eager", torch.device("cpu"), torch.float32) == ("grouped", "branches")
+    assert forms.split_forms("tensorrt", torch.device("cuda"), torch.float16) == ("grouped", "branches")
+    monkeypatch.setattr(pipeline, "split_forms", lambda *_: gpu)
 
     def clock(table: CostTable, case: FormCase) -> float:
         return {"dense": 10.0, "branches": 8.0, "grouped": 7.0, "kernel": 1.0}[case.form] + case.filters % 2
@@ -194,11 +198,11 @@ def test_lower_chooses_it_layer_by_layer_where_the_clock_says_so(monkeypatch: py
     plain = pipeline._plain(gm, None)
     fastest = min(pipeline._entrants(plain, "eager", 1, True), key=lambda e: e.expected_ms or 1e9)
     small = fastest.make()
-    forms = {layer.name: layer.form for layer in network_meta(small)["lower_plan"].layers}
-    assert "kernel" in forms.values()
-    assert {"branches", "grouped"}.isdisjoint(forms.values())
+    chosen = {layer.name: layer.form for layer in network_meta(small)["lower_plan"].layers}
+    assert "kernel" in chosen.values()
+    assert {"branches", "grouped"}.isdisjoint(chosen.values())
     assert {n for n, m in small.named_modules() if isinstance(m, KernelConv2d)} == {
-        name for name, form in forms.items() if form == "kernel"
+        name for name, form in chosen.items() if form == "kernel"
     }
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "errors", "plans"},
     {"method", "kernels", "ranks"},
-    {"graph", "modules", "norms", "forms", "grouped", "native"},
+    {"graph", "modules", "norms", "forms", "grouped", "native", "kernel_conv", "held"},
     {"passes"},
     {
         "gates",
@@ -25,6 +25,7 @@ LAYERS = (
         "steering",
         "learner_checks",
         "learner",
+        "alike",
         "unifier",
         "storage",
         "origins",
