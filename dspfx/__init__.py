@@ -16,6 +16,7 @@ from dspfx.pipeline import lower, prepare, prune
 from dspfx.profiler import profile
 from dspfx.remap import remap_ema, remap_optimizer
 from dspfx.selfcheck import selfcheck
+from dspfx.stats_log import StatsLog
 from dspfx.storage import load, read_compressed, save, write_compressed
 from dspfx.unifier import Unifier, unify
 
@@ -27,6 +28,7 @@ __all__ = [
     "GateConfig",
     "GroupLearner",
     "Inputs",
+    "StatsLog",
     "TensorRTModule",
     "Unifier",
     "benchmark",

@@ -20,6 +20,7 @@ from dspfx.second_pass import gradient_at
 from dspfx.steering import Steering
 
 _STATE_VERSION = 2  # 1 had no "steering"
+_SMALL = 0.01  # of a layer's mean energy, below which a group channel counts as sparse
 _COMPARED_EVERY = 100  # steps, and the first: are the ranks still alike?
 
 
@@ -134,10 +135,11 @@ class GroupLearner(Follower):
         return True
 
     def stats(self) -> dict[str, float]:
-        """For progress bars: steps, penalty R of the hard groups (unweighted), mean entropy of a filter's group
-        probabilities in nats (log G at the start, 0 when decided), and the norm of the last hypergradient; steered,
-        also the factor on the strength, and beta. Of a network under fully_shard, to be called on every rank."""
-        penalty, entropy, filters = 0.0, 0.0, 0
+        """For progress bars and logs: steps, penalty R of the hard groups (unweighted), mean entropy of a filter's
+        group probabilities in nats (log G at the start, 0 when decided), sparsity (the fraction of group channels
+        whose energy a weight is below a hundredth of their layer's mean), and the norm of the last hypergradient;
+        steered, also the factor on the strength, and beta. Under fully_shard, to be called on every rank."""
+        penalty, entropy, filters, small, channels = 0.0, 0.0, 0, 0, 0
         with torch.no_grad():
             for gate in self._gates:
                 logits, energy = gate.layer.gate_logits, ranks.whole(grouping.kernel_energy(gate.weight))
@@ -146,8 +148,13 @@ class GroupLearner(Follower):
                 logs = torch.log_softmax(logits / self._config.tau, dim=0)
                 entropy -= float((logs.exp() * logs).sum())
                 filters += logits.shape[1]
+                sizes = hard.sum(1, keepdim=True)
+                means = (hard @ energy / sizes.clamp(min=1))[sizes[:, 0] > 0]
+                small += int((means < _SMALL * energy.mean()).sum())
+                channels += means.numel()
         norm = math.hypot(*(float(gradient.norm()) for gradient in self._hypergradients))
-        found = {"steps": self.steps, "penalty": penalty, "entropy": entropy / filters, "hypergradient": norm}
+        found = {"steps": self.steps, "penalty": penalty, "entropy": entropy / filters, "sparsity": small / channels}
+        found["hypergradient"] = norm
         steering = self._steering
         return found if steering is None else found | {"factor": steering.factor, "beta": steering.beta or math.nan}
 

@@ -17,6 +17,7 @@ _INSIDE = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer")
 class Follower:
     """Something that hooks on an optimizer until `close()`, or the end of a `with`."""
 
+    _optimizer: Optimizer
     _hooks: list[RemovableHandle]
 
     def close(self) -> None:

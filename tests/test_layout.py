@@ -27,6 +27,7 @@ LAYERS = (
         "learner",
         "alike",
         "unifier",
+        "stats_log",
         "storage",
         "origins",
         "remap",

@@ -748,6 +748,15 @@ def test_stats() -> None:
         paper_penalty(hard.expand(4, c.out_channels), c.weight.detach(), name) for name, c in gated(net).items()
     )
     assert start["penalty"] == pytest.approx(float(expected), rel=1e-5)
+    assert start["sparsity"] == 0
+    first = next(iter(gated(net).values()))
+    kept = first.weight.detach().clone()
+    with torch.no_grad():
+        first.weight[:, 0] *= 1e-3
+    channels = sum(conv.in_channels for conv in gated(net).values())  # all filters are in the first group
+    assert learner.stats()["sparsity"] == pytest.approx(1 / channels)
+    with torch.no_grad():
+        first.weight.copy_(kept)
     train(net, optimizer, learner, range(2))
     stats = learner.stats()
     assert stats["steps"] == 2

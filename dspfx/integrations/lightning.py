@@ -30,7 +30,7 @@ class GroupLearning(pl.Callback):
     Every `fit` starts a `GroupLearner` (mode="fused") when the optimizers are there and closes it at its end, also
     after an exception. Checkpoints hold its state, and `fit(ckpt_path=...)` continues as if never interrupted. Any
     precision, accumulation of gradients and clipping, of automatic as of manual optimization, are Lightning's own.
-    At the end of an epoch `groups/penalty`, `groups/entropy`, `groups/hypergradient` and `groups/steps` are logged.
+    At the end of an epoch what `GroupLearner.stats` tells is logged: `groups/penalty`, `groups/entropy`, ....
 
     Attributes:
         learner: the GroupLearner of the current or the last fit.

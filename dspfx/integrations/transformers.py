@@ -33,7 +33,7 @@ class GroupLearning(TrainerCallback, ExportableState):
 
     `train()` starts a `GroupLearner` (mode="fused") and closes it at its end. Its state stands in every checkpoint's
     trainer_state.json, and `train(resume_from_checkpoint=...)` continues as if never interrupted. The Trainer's log
-    gains groups_penalty, groups_entropy, groups_hypergradient and groups_steps beside every training loss.
+    gains what `GroupLearner.stats` tells, groups_penalty, groups_entropy, ..., beside every training loss.
 
     Attributes:
         learner: the GroupLearner of the current or the last run.
