@@ -148,7 +148,7 @@ def nncodec_files(run: Run, model: nn.Module, arm: Arm) -> dict[str, Any]:
 
     def read(path: Path) -> nn.Module:
         back = comparison.build(run.name, None)
-        found = {key: torch.from_numpy(x) for key, x in decode(path.read_bytes()).items()}
+        found = {key: torch.from_numpy(x) for key, x in decode(bytearray(path.read_bytes())).items()}
         back.load_state_dict(found, strict=False)  # counters of batches are not written
         return back.eval()
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dspfx.cli import data, models
+from dspfx.cli import data, models, record
 from dspfx.config import Budget
 from dspfx.deploy.runtimes import RUNTIMES
 
@@ -55,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     machine.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
     machine.add_argument("--workers", type=int, default=2, help="processes that decode large images (default: 2)")
+    dry = parser.add_argument_group("before anything is trained")
+    dry.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=None,
+        help="only tell what would be pruned, what budgets would leave, and how long training would take",
+    )
+    record.add_argument(dry)
 
 
 def _add_what(what: argparse._ArgumentGroup) -> None:

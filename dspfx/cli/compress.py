@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 import dspfx
 from dspfx import ranks
-from dspfx.cli import forks, models, report
+from dspfx.cli import dry_run, forks, models, report
 from dspfx.cli.arguments import DEFAULTS, add_arguments
 from dspfx.cli.checkpoints import claim_folder, load_state, save_state, write_atomically, write_text
 from dspfx.cli.data import Data, load_data
@@ -26,7 +26,7 @@ from dspfx.cli.unifying import compressed, unify
 from dspfx.config import Budget
 from dspfx.deploy.benchmark import Results
 from dspfx.deploy.compete import Contest
-from dspfx.errors import MismatchError
+from dspfx.errors import ConfigError, MismatchError
 from dspfx.graph.parts import describe_parts
 from dspfx.graph.traced import network_meta
 from dspfx.plans import PrunePlan
@@ -49,6 +49,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> None:
     """The job, from checked options to the table of results; raises DspfxError."""
     machine = set_machine(args)
+    if args.json is not None and not args.dry_run:
+        raise ConfigError("--json goes with --dry-run; a run writes results.json into --out.")
+    if args.dry_run:
+        dry_run.show(args, read_settings(args), machine)
+        return
     with ranks.joined(machine.device):
         _run(read_settings(args), machine, args.out)
 

@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
+def add_argument(parser: argparse._ActionsContainer) -> None:
     """Declares --json."""
     parser.add_argument("--json", metavar="FILE", help="write a complete record; - prints it, and nothing else")
 

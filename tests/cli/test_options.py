@@ -69,7 +69,7 @@ def test_control_repeats_learning_and_tuning() -> None:
 
 
 def test_flat_settings_name_every_option_that_matters() -> None:
-    options = set(vars(parse(""))) - {"out", "device", "threads", "workers"}
+    options = set(vars(parse(""))) - {"out", "device", "threads", "workers", "dry_run", "json"}
     assert set(settings("").flat()) == options
 
 
