@@ -37,9 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "6 bits": {"bits": 6},
     "5 bits": {"bits": 5},
     "4 bits": {"bits": 4},
+    "3 bits": {"bits": 3},
     "2 bits": {"bits": 2},
     "5 bits, rest fp16": {"bits": 5, "rest": "fp16"},
-    "5 bits, kmeans": {"bits": 5, "codebook": "kmeans"},
 }
 
 

@@ -6,7 +6,7 @@
 Runs in the folders of benchmarks.cifar_comparison, whose dense networks it starts from. *Alone*: `learn` epochs of
 ADMM, projection, `tune` epochs with blocks kept alike; the control is the dense network trained as long. *With DSP*:
 the network whose groups were learned, pruned to 40% of the FLOPs, then the same; its control trains as long as both.
-Arms with a palette too have few values a layer from the projection on, which train.
+Arms of so many bits have few values from the projection on, of that entropy, which train.
 The validation split picks the bits of a file; test images are read for what was picked. Stopped, it goes on.
 """
 
@@ -58,18 +58,21 @@ CONFIGS: dict[str, dspfx.BlockConfig] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: `blocks` of CONFIGS, a palette of 2^`palette` values a layer, or both; neither: a control."""
+    """What is trained: `blocks` of CONFIGS, with few values of so many `bits` or any, or a k-means `palette` of 2^n
+    values a layer; neither: a control, which `coder` may write.
+    """
 
     with_dsp: bool = False
     blocks: str | None = None
     palette: int | None = None
+    bits: float | None = None
     coder: str = "ours"
 
     @property
     def label(self) -> str:
-        palette = f"palette{self.palette}" if self.palette else ""
+        values = f"palette{self.palette}" if self.palette else f"{self.bits:g} bits" if self.bits else ""
         coder = self.coder if self.coder != "ours" else ""
-        what = " ".join(filter(None, (self.blocks, palette, coder))) or "control"
+        what = " ".join(filter(None, (self.blocks, values, coder))) or "control"
         return f"unify{'_dsp' if self.with_dsp else ''}_{what.replace(' ', '_')}"
 
 
@@ -132,7 +135,7 @@ def train(run: Run, dense: nn.Module, arm: Arm) -> nn.Module:
     steps = first.epochs * run.trainer.steps
     with dspfx.Unifier(model, optimizer, CONFIGS[arm.blocks], steps) as unifier:
         run.trainer.fit(model, optimizer, first, unifier)
-        say(str(unifier.project(arm.palette)))
+        say(str(unifier.project(arm.bits)))
     run.settle(model)
     optimizer = run.trainer.optimizer(model)
     with dspfx.Unifier(model, optimizer, CONFIGS[arm.blocks], steps) as kept:
@@ -174,7 +177,7 @@ def _smallest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def files(run: Run, model: nn.Module, arm: Arm) -> dict[str, Any]:
     """The network's compressed file at every number of bits, read back: bytes and accuracy; the choice is tested."""
     rows: list[dict[str, Any]] = []
-    options = (None,) if arm.palette else (None, *BITS)  # a palette is found, and written exactly
+    options = (None,) if arm.palette or arm.bits else (None, *BITS)  # few values are found, and written exactly
     for bits in options:
         path = run.folder / f"{arm.label}_{bits or 'exact'}.safetensors"
         report = dspfx.write_compressed(model, path, CONFIGS.get(arm.blocks or ""), bits=bits)
@@ -197,7 +200,7 @@ def page(results: list[dict[str, Any]], settings: str) -> str:
         arm, chosen = r["arm"], r["chosen"]
         config = CONFIGS.get(arm["blocks"] or "")
         control = controls.get((r["network"], r["seed"], arm["with_dsp"]))
-        palette = f"palette of {1 << arm['palette']}" if arm["palette"] else ""
+        palette = f"k-means palette of {1 << arm['palette']}" if arm["palette"] else ""
         peer = "dense, NNCodec" if arm.get("coder") == "nncodec" else ""
         what = ", ".join(filter(None, (arm["blocks"], palette, peer))) or "dense"
         rows.append(
@@ -206,7 +209,7 @@ def page(results: list[dict[str, Any]], settings: str) -> str:
                 ("" if not arm["with_dsp"] else f"DSP, {FLOPS:.0%} of FLOPs" if config else "as many epochs as DSP"),
                 what,
                 f"{config.prune:.0%} / {config.unify:.0%}" if config else "",
-                chosen["bits"] or (f"{arm['palette']}, trained" if palette else 32),
+                chosen["bits"] or (f"{arm['bits']:g}, trained" if arm.get("bits") else 32),
                 chosen["bytes"],
                 f"{r['fp32'] / chosen['bytes']:.1f}x",
                 f"{chosen['test']:.2%}",
@@ -263,7 +266,7 @@ def main() -> None:
     dense = comparison.train_dense(run, options.checkpoints)
     arms = [Arm(dsp) for dsp in (False, True)] + [Arm(dsp, blocks) for dsp in (False, True) for blocks in CONFIGS]
     arms += [Arm(palette=bits) for bits in (4, 3, 2)] + [Arm(coder="nncodec")]
-    arms += [Arm(dsp, blocks, bits) for dsp in (False, True) for blocks in CONFIGS for bits in (4, 3)]
+    arms += [Arm(dsp, blocks, bits=bits) for dsp in (False, True) for blocks in CONFIGS for bits in (3, 2.5, 2)]
     for arm in arms:
         path = run.folder.parent / f"{arm.label}.json"
         if path.exists() or (options.arms and arm.label not in options.arms):

@@ -14,18 +14,38 @@ from dspfx import ranks
 from dspfx.cli import benchmark, compress, estimate, export, profile, sizes, verify
 from dspfx.errors import DspfxError
 
+EPILOG = """\
+one network from beginning to end:
+  dspfx estimate resnet50 --runtime onnxruntime                         is it worth it here? two minutes
+  dspfx compress --model resnet50 --data DIR --out runs/r50 --dry-run   what would be pruned, how long it would take
+  dspfx compress --model resnet50 --data DIR --out runs/r50             train, prune, lower; begun again, it goes on
+  dspfx benchmark resnet50 runs/r50/network.safetensors --runtime onnxruntime
+  dspfx export runs/r50/network.safetensors --to onnx                   each file is compared with PyTorch
+
+exit codes: 0 done, 2 a mistake that the last line explains, 130 interrupted, 143 terminated"""
+
 
 class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt it passes through `except Exception`."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="dspfx", description="Makes convolutional networks smaller and faster.")
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="dspfx",
+        description="Makes convolutional networks smaller and faster.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (compress, profile, sizes, benchmark, estimate, export, verify):
         command.register(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code."""
+    args = make_parser().parse_args(argv)
     try:
         with _sigterm_raises():
             args.run(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,16 +56,41 @@ class AlikeWeight:
         if weight.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():
             self.weight.copy_(self.tiling.gathered(weight))
 
-    def find_levels(self, bits: int) -> None:
-        """Few values for the weights of free blocks, and few absolute ones for unified blocks, as near as can be."""
+    def samples(self) -> list[levels.Sample]:
+        """The values of its unified blocks, weighed by their living weights, and of its free weights, if any."""
+        values, living, free, _ = self._values()
+        some = [levels.Sample(values, living)] if len(values) else []
+        return some + ([levels.Sample.of(free)] if len(free) else [])
+
+    def find_levels(self, slope: float) -> None:
+        """Few values for unified blocks and few for free weights, as far as `slope` of `entropy_levels` allows."""
+        values, living, free, chosen = self._values()
+        level = torch.zeros(self.weight.shape, dtype=torch.int16)
+        if len(values):
+            _, edges = levels.entropy_levels(levels.Sample(values, living), slope)
+            number = torch.zeros(self.tiling.count, dtype=torch.int16)
+            number[chosen] = torch.from_numpy(np.searchsorted(edges, values).astype(np.int16) + 1)
+            size = math.prod(self.tiling.block)
+            assert self.signs is not None
+            level = self.tiling.join(number[:, None].expand(-1, size)) * (self.signs != 0).cpu()
+        if len(free):
+            _, edges = levels.entropy_levels(levels.Sample.of(free), slope)
+            level[self._is_free().cpu()] = torch.from_numpy(-1 - np.searchsorted(edges, free).astype(np.int16))
+        self.level = level.flatten().to(self.weight.device)
+
+    def _is_free(self) -> Tensor:
         assert self.signs is not None
-        weight, signs = self.weight.detach().flatten(), self.signs.flatten()
-        self.level = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device)
-        for side, chosen, values in ((1, signs != 0, weight.abs()), (-1, (signs == 0) & (weight != 0), weight)):
-            own = values[chosen].double().cpu().numpy()
-            if len(own):
-                number = levels.nearest(own, levels.palette(own, bits)).astype(np.int16) + 1
-                self.level[chosen] = torch.from_numpy(side * number).to(weight.device)
+        return (self.signs == 0) & (self.weight != 0)
+
+    def _values(self) -> tuple[levels.Floats, levels.Floats, levels.Floats, Tensor]:
+        """Of unified blocks their values and living weights, free weights, and which blocks are unified."""
+        assert self.signs is not None
+        weight, signs = self.weight.detach().double().cpu(), self.signs.double().cpu()
+        living = self.tiling.split(signs.abs()).sum(1)
+        chosen = living > 0
+        values = self.tiling.split(weight.abs() * signs.abs()).amax(1)[chosen]
+        free = weight[self._is_free().cpu()]
+        return values.numpy(), living[chosen].numpy(), free.numpy(), chosen
 
     def _keep_level(self, level: Tensor, signs: Tensor) -> None:
         """Each level's weights become their mean, of absolute values with the signs where blocks are unified.

@@ -14,6 +14,7 @@ from dspfx.config import BlockConfig
 from dspfx.errors import ConfigError, MismatchError, ModelError, StorageError
 from dspfx.learner_checks import check_optimizer
 from dspfx.method.blocks import FREE, UNIFIED, Tiling, projected
+from dspfx.method.levels import slope_for
 from dspfx.optimizers import Follower, is_skipped, stepping_optimizer
 from dspfx.passes.plan_unify import choose_blocks, plan_unify, weights_to_unify
 from dspfx.passes.unify_blocks import classes_of, unify_blocks
@@ -99,17 +100,17 @@ class Unifier(Follower):
         self._hooks = [optimizer.register_step_post_hook(self._after_optimizer_step)]
 
     @torch.no_grad()
-    def project(self, bits: int | None = None) -> UnifyPlan:
+    def project(self, bits: float | None = None) -> UnifyPlan:
         """Makes the blocks alike, in place, and keeps them so from now on; returns what was decided.
 
-        With `bits`, from 1 to 8, the values of a layer's unified blocks become at most 2 ** bits different ones, and
-        those of its free weights too (one-dimensional k-means): which block or weight has which of them stays, the
-        values train on. `write_compressed` then writes them exactly, in about so many bits each.
+        With `bits`, from 0.5 to 8, unified blocks and free weights get few values, with an entropy of about so many
+        bits each over the whole network, at the least squared error (`method.levels`): which block or weight has
+        which of them stays, the values train on. `write_compressed` then writes them exactly.
 
         Raises ModelError where a weight is not finite, or it was called before; ConfigError for other bits.
         """
-        if bits is not None and (type(bits) is not int or not 1 <= bits <= 8):
-            raise ConfigError(f"Unifier.project got bits={bits!r}; give 1 to 8, or None for values of any number.")
+        if bits is not None and (isinstance(bits, bool) or not 0.5 <= bits <= 8):
+            raise ConfigError(f"Unifier.project got bits={bits!r}; give 0.5 to 8, or None for values of any number.")
         if self.plan is not None:
             raise ModelError("Unifier.project() was called before; what it decided is in `unifier.plan`.")
         weights = {layer.name: layer.weight for layer in self._layers}
@@ -117,9 +118,11 @@ class Unifier(Follower):
         self.plan = plan_unify(weights, self.config)
         self._fix(self.plan)
         unify_blocks(self._model, self.plan)
-        if bits is not None:
+        samples = [sample for layer in self._layers for sample in layer.samples()]
+        if bits is not None and samples:
+            slope = slope_for(samples, bits)
             for layer in self._layers:
-                layer.find_levels(bits)
+                layer.find_levels(slope)
                 layer.keep_alike()
         return self.plan
 

@@ -8,7 +8,6 @@ import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import zstandard
 
@@ -162,13 +161,7 @@ def numbers(take: Callable[[int], bytes], n: int, kind: str) -> list[int]:
     if way == 1:
         return [from_half(word, kind) for word in planes(take(n * 2), n, 2, True)]
     size = take(1)[0] + 1
-    table: list[Any]
-    if way == 2:
-        table = [int.from_bytes(take(s), "little") for _ in range(size)]
-    else:
-        step, first, stride = struct.unpack("<fhB", take(7))
-        # the product of two float32 is exact in float64, so that rounding it once is the float32 multiplication
-        levels = [struct.unpack("<f", struct.pack("<f", step * (first + stride * i)))[0] for i in range(size)]
-        table = [to_word(level, kind) for level in levels]
+    assert way == 2
+    table = [int.from_bytes(take(s), "little") for _ in range(size)]
     (p,) = take(1)
     return [table[i] for i in packed(take(-(-n // p)), n, p)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,6 @@ import dspfx
 from dspfx.cli.models import build
 from dspfx.config import BlockConfig, GateConfig
 from dspfx.errors import ConfigError, StorageError
-from dspfx.method import levels
 from dspfx.method.blocks import FREE, PRUNED, UNIFIED, Tiling, counts, distortions, projected, select
 from dspfx.storage.compressed import compressed_index
 from dspfx.storage.report import CompressedRow
@@ -171,6 +171,7 @@ def test_size_is_near_the_entropy(tmp_path: Path) -> None:
     classes = np.where(size.max(1) == 0, PRUNED, np.where(size.max(1) == size.min(1), UNIFIED, FREE))
     unified = size[classes == UNIFIED]
     least = sum(map(entropy_bytes, (classes, unified[:, 0], blocks[classes == FREE].ravel()))) + unified.size / 8
+    least += 4 * (len(np.unique(unified)) + len(np.unique(blocks[classes == FREE])))  # the tables
     assert least < report.rows[0].size < 1.015 * least + 150
     assert report.size - sum(r.size for r in report.rows) < 420
 
@@ -263,8 +264,7 @@ def test_few_different_values_become_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"bits": bits} for bits in range(2, 9)),
-        *({"bits": bits, "codebook": "kmeans"} for bits in (2, 5, 8)),
+        *({"bits": bits} for bits in (1.5, 2, 3, 4, 5, 8)),
         *({"values": "fp16"}, {"values": "fp16", "rest": "fp16"}, {"bits": 4, "rest": "fp16"}),
     ],
 )
@@ -289,37 +289,32 @@ def test_quantised_networks_keep_their_structure(tmp_path: Path, options: Any, d
         magnitude = after[is_unified].abs().amax(1, keepdim=True)
         assert bool((magnitude > 0).all())
         assert torch.equal(after[is_unified], signs * magnitude)
-        if "bits" in options:
-            free = after[~is_unified & before.any(1)]
-            assert len(free.unique()) <= 2 ** options["bits"] + 1 or len(free) * 16 <= 4096
     for name, value in model.state_dict().items():
         if options.get("rest") != "fp16" and value.dim() < 2:
             assert torch.equal(fresh.state_dict()[name], value)
-    assert max(r.error for r in report.rows) < {2: 0.5, 3: 0.3, 4: 0.15}.get(options.get("bits", 8), 0.08)
+    assert max(r.error for r in report.rows) < {1.5: 0.4, 2: 0.5, 3: 0.3, 4: 0.15}.get(options.get("bits", 8), 0.08)
 
 
 def test_more_bits_less_error_more_bytes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Linear(256, 256, bias=False)
     nn.init.normal_(model.weight)
-    found = [dspfx.write_compressed(model, tmp_path / "a", bits=bits).rows[0] for bits in range(2, 9)]
+    found = [dspfx.write_compressed(model, tmp_path / "a", bits=bits).rows[0] for bits in range(2, 8)]
     assert [r.size for r in found] == sorted(r.size for r in found)
-    # the least mean squared error of 2 ** bits evenly spaced levels for a normal distribution (Max, 1960)
-    best = [0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.000304, 0.0000877]
-    assert [r.error**2 for r in found] == pytest.approx(best, rel=0.05)
-    lloyd = [dspfx.write_compressed(model, tmp_path / "a", bits=bits, codebook="kmeans").rows[0] for bits in (2, 3, 4)]
-    assert [r.error**2 for r in lloyd] == pytest.approx([0.1175, 0.03454, 0.009497], rel=0.02)
+    assert all(r.size <= 1.06 * bits / 8 * 256**2 + 1500 for bits, r in zip(range(2, 8), found, strict=True))
+    # entropy-coded scalars are 1.53 dB above the rate-distortion function of a normal distribution
+    decibels = [-20 * math.log10(r.error) for r in found]
+    assert decibels == pytest.approx([6.02 * bits - 1.53 for bits in range(2, 8)], abs=0.7)
 
 
 def test_writing_what_was_read_loses_nothing_more(tmp_path: Path) -> None:
     model = unify(small())
-    for codebook in ("uniform", "kmeans"):
-        first = dspfx.write_compressed(model, tmp_path / "a", bits=4, codebook=codebook)
-        read = dspfx.read_compressed(tmp_path / "a", small(1))
-        again = dspfx.write_compressed(read, tmp_path / "b")
-        assert max(r.error for r in again.rows) == 0
-        assert again.size < first.size * 1.3
-        assert bits_of(dspfx.read_compressed(tmp_path / "b", small(2))) == bits_of(read)
+    first = dspfx.write_compressed(model, tmp_path / "a", bits=4)
+    read = dspfx.read_compressed(tmp_path / "a", small(1))
+    again = dspfx.write_compressed(read, tmp_path / "b")
+    assert max(r.error for r in again.rows) == 0
+    assert again.size < first.size * 1.3
+    assert bits_of(dspfx.read_compressed(tmp_path / "b", small(2))) == bits_of(read)
 
 
 def test_rest_is_halved_where_float16_is_exact_enough(tmp_path: Path) -> None:
@@ -448,9 +443,9 @@ def test_another_network_is_named(tmp_path: Path, other: Build, message: str) ->
 
 def test_settings_are_checked(tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"bits": 1}, "bits is 1; give a whole number from 2 to 8, or None for exact values."),
-        ({"bits": 4.0}, "bits is 4.0; give a whole number from 2 to 8, or None for exact values."),
-        ({"bits": 4, "codebook": "cubic"}, "codebook is 'cubic'; give 'uniform' or 'kmeans'."),
+        ({"bits": 0.4}, "bits is 0.4; give a number from 0.5 to 8, or None for exact values."),
+        ({"bits": 9}, "bits is 9; give a number from 0.5 to 8, or None for exact values."),
+        ({"bits": "4"}, "bits is '4'; give a number from 0.5 to 8, or None for exact values."),
         ({"bits": 4, "values": "fp16"}, "values is 'fp16' with bits=4; give 'exact', or 'fp16' without bits."),
         ({"rest": "int8"}, "rest is 'int8'; give 'exact' or 'fp16'."),
     ]
@@ -499,13 +494,12 @@ def test_constant_and_tiny_weights_can_be_quantised(tmp_path: Path) -> None:
         model = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 80).half())
         nn.init.constant_(model.get_parameter("0.weight"), value)
         nn.init.constant_(model.get_parameter("1.weight"), max(min(value, 6e4), -6e4))
-        for codebook in ("uniform", "kmeans"):
-            report = dspfx.write_compressed(model, tmp_path / "a", bits=2, codebook=codebook)
-            assert max(r.error for r in report.rows) == 0
+        report = dspfx.write_compressed(model, tmp_path / "a", bits=2)
+        assert max(r.error for r in report.rows) == 0
     model = nn.Sequential(nn.Linear(80, 80))
     with torch.no_grad():
         model.get_parameter("0.weight").copy_(torch.randint(1, 300, (80, 80)) * 1e-45)
-    assert dspfx.write_compressed(model, tmp_path / "a", bits=2).rows[0].error == 0
+    assert dspfx.write_compressed(model, tmp_path / "a", bits=2).rows[0].error < 0.2  # steps of the least float32
 
 
 def test_the_report_accounts_for_every_byte(tmp_path: Path) -> None:
@@ -563,7 +557,7 @@ def test_packing_round_trips(numbers: list[int], per_byte: int) -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9), st.sampled_from([(), (2,), (3, 3), (1, 1)]))
 def test_any_weight_round_trips(seed: int, filters: int, channels: int, kernel: tuple[int, ...]) -> None:
-    from dspfx.storage.blockcode import decode_weight, encode_weight, most_bytes
+    from dspfx.storage.blockcode import cut_weight, decode_weight, encode_weight, most_bytes
     from dspfx.storage.words import Precision
 
     draw = np.random.default_rng(seed)
@@ -574,39 +568,16 @@ def test_any_weight_round_trips(seed: int, filters: int, channels: int, kernel: 
     values = np.where(draw.random(shape) < draw.choice([0, 0.1, 0.9]), draw.normal(size=shape), few).astype(np.float32)
     tiling = Tiling(shape, (int(draw.integers(1, filters + 1)), int(draw.integers(1, channels + 1))))
     words = values.reshape(-1).view(np.uint32)
-    found, parts, counted = encode_weight(words, shape, kind, [tiling], Precision())
+    whole, rough = Precision(), Precision(bits=2)
+    found, parts, counted = encode_weight(cut_weight(words, shape, kind, [tiling], whole), shape, kind, whole)
     content = b"".join(parts)
     assert len(content) <= most_bytes(shape, kind)
     assert np.array_equal(decode_weight(content, shape, kind, found), words)
     assert counted.free + counted.unified + counted.pruned == (tiling.count if found else 1)
     finite = np.where(np.isfinite(values), values, 1.0).astype(np.float32).reshape(-1)
-    _, parts, _ = encode_weight(finite.view(np.uint32), shape, kind, [], Precision(bits=2))
+    _, parts, _ = encode_weight(cut_weight(finite.view(np.uint32), shape, kind, [], rough), shape, kind, rough)
     read = decode_weight(b"".join(parts), shape, kind, None).view(np.float32)
     assert np.abs(read).max() <= np.abs(finite).max() * 1.001
-
-
-def test_ladders_match_an_exhaustive_search() -> None:
-    draw = np.random.default_rng(0)
-    values = draw.normal(size=300)
-    sample = levels.Sample(values, np.ones(300))
-    for chosen in (np.array([-1.0, 0.2, 0.9]), np.linspace(-2, 2, 8)):
-        nearest = np.abs(values[:, None] - chosen).min(1)
-        assert sample.error(chosen) == pytest.approx((nearest**2).sum())
-        assert np.array_equal(levels.nearest(values, chosen), np.abs(values[:, None] - chosen).argmin(1))
-    ladder = levels.signed_ladder(sample, 3)
-    assert ladder is not None
-    steps = np.linspace(0.1, 1.5, 400)
-    best = min(sample.error((np.arange(n) - (n - 1) / 2) * step) for step in steps for n in (7, 8))
-    assert sample.error(ladder.levels) <= 1.01 * best
-    positive = levels.Sample(np.abs(values) + 0.1, np.ones(300))
-    ladder = levels.positive_ladder(positive, 4)
-    assert ladder is not None
-    assert (ladder.levels > 0).all()
-    assert positive.error(ladder.levels) <= 1.1 * min(
-        positive.error(np.linspace(low, high, 16))
-        for low in np.linspace(0.05, 0.5, 20)
-        for high in np.linspace(1, 3, 40)
-    )
 
 
 def test_classes_are_those_of_the_method() -> None:

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "unify": 0.0,
     "prune_blocks": 0.0,
     "block": "4x4",
-    "bits": 8,
+    "bits": 4.0,
     "distill": 0.0,
     "temperature": 4.0,
     "lr": 0.05,
@@ -130,9 +130,9 @@ def _add_size(size: argparse._ArgumentGroup) -> None:
     size.add_argument("--block", metavar="AxB", help=f"filters x input channels {_default('block')}")
     size.add_argument(
         "--bits",
-        type=int,
-        help="of a value in the file, from 2 to 8; up to 5, --epochs-unify train the few values there are; 32: "
-        f"exactly as trained {_default('bits')}",
+        type=float,
+        help="of a value in the file, about, from 0.5 to 8: few values, which --epochs-unify train; 32: exactly as "
+        f"trained {_default('bits')}",
     )
     size.add_argument(
         "--epochs-unify",

@@ -37,11 +37,21 @@ Makes a convolutional network smaller and faster: trains or loads it, learns whi
 budget, fine-tunes, and lowers the result to plain torch modules, in the form that is fastest in the runtime it is for.
 Started again, the same command goes on from the last finished epoch. torchrun --nproc-per-node N -m dspfx compress ...
 trains with N processes, each on its part of every batch. docs/training.md has recipes."""
+EXAMPLES = """\
+examples:
+  dspfx compress --out runs/demo                                  a ResNet20 on scikit-learn's digits, two minutes
+  dspfx compress --model resnet50 --checkpoint r50.pth --data /data/imagenet --epochs-learn 20 --epochs-tune 40 \\
+      --budget flops=0.5 --out runs/r50 --dry-run                 what that would do, and how long it would take
+  dspfx compress --fork runs/r50 --budget latency=0.5 --runtime onnxruntime --out runs/r50-half
+                                                                  the same groups, pruned to half of the time"""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `compress` to the command line."""
-    parser = commands.add_parser("compress", help="make a network smaller and faster", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "compress", help="make a network smaller and faster", description=DESCRIPTION, epilog=EXAMPLES,
+        usage="dspfx compress --out DIR [options]", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add_arguments(parser)
     parser.set_defaults(run=run, interrupted="the same command goes on from the last finished epoch")
 

@@ -57,7 +57,7 @@ class Settings:
     lr_tune: float
     cycles: int
     blocks: BlockConfig
-    bits: int
+    bits: float
     distill: Distill
     gates: GateConfig
     budget: Budget
@@ -83,8 +83,8 @@ class Settings:
                 f"--cycles is {self.cycles}, with {self.epochs.tune} epochs of fine-tuning; give at least 1, and an "
                 "epoch (--epochs-tune) for each."
             )
-        if self.bits != 32 and not 2 <= self.bits <= 8:
-            raise ConfigError(f"--bits is {self.bits}; give 2 to 8, or 32 for values as they were trained.")
+        if self.bits != 32 and not 0.5 <= self.bits <= 8:
+            raise ConfigError(f"--bits is {self.bits:g}; give 0.5 to 8, or 32 for values as they were trained.")
         if self.distill.share > 0 and self.epochs.tune == 0:
             raise ConfigError("--distill is for fine-tuning, and there is none; give --epochs-tune, or leave it out.")
         if self.distill.share > 0 and not self.is_dense_trained:
@@ -98,11 +98,8 @@ class Settings:
 
     @property
     def trains_values(self) -> bool:
-        """Whether the few values of --bits are found before the last epochs and train in them, not only rounded to.
-
-        Beyond 32 values a table of them is larger than what training them saves.
-        """
-        return self.epochs.unify > 0 and self.bits <= 5
+        """Whether the few values of --bits are found before the last epochs and train in them, not only rounded to."""
+        return self.epochs.unify > 0 and self.bits != 32
 
     @property
     def steered_by(self) -> Budget | None:

@@ -23,7 +23,7 @@ from dspfx.storage.report import CompressedReport
 DESCRIPTION = """\
 How many bytes each layer takes: in float32, in float16, as float32 through zstd, and in the files that
 dspfx.write_compressed makes, exact and with values of so many bits:
-python -m dspfx sizes runs/demo/pruned.safetensors --against resnet20 --bits 32,8,5"""
+python -m dspfx sizes runs/demo/pruned.safetensors --against resnet20 --bits 32,5,4"""
 LEVEL = 19  # zstd's highest but for those that need much memory to read
 
 
@@ -34,7 +34,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--against", metavar="NAME", help="the class of a pruned network's file, a name")
     parser.add_argument("--classes", type=int, help="of named networks (default: 10 if built in, torchvision's 1000)")
     parser.add_argument("--block", metavar="AxB", help="of the weights (default: whatever is smallest, layer by layer)")
-    parser.add_argument("--bits", type=several(networks.count), default=[32, 8], help="(default: 32,8; 32 is exact)")
+    parser.add_argument("--bits", type=several(float), default=[32.0, 4.0], help="(default: 32,4; 32 is exact)")
     record.add_argument(parser)
     parser.set_defaults(run=run, interrupted="nothing was changed")
 
@@ -42,8 +42,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> None:
     """Prints the table, and writes the record; raises DspfxError."""
     for bits in args.bits:
-        if bits != 32 and not 2 <= bits <= 8:
-            raise ConfigError(f"--bits {bits} is no width of a value; give some of 2 to 8, or 32.")
+        if bits != 32 and not 0.5 <= bits <= 8:
+            raise ConfigError(f"--bits {bits:g} is no width of a value; give some of 0.5 to 8, or 32.")
     record.check_target(args.json)
     blocks = None if args.block is None else BlockConfig(block_shape(args.block))
     names = [args.network] if args.against is None else [args.network, args.against]
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     with TemporaryDirectory(prefix="dspfx-") as folder:
         reports = {bits: written(network, Path(folder) / f"{bits}.safetensors", blocks, bits) for bits in args.bits}
         rows = layers(network, reports, Path(folder))
-    heads = ["tensors", "float32", "float16", "float32, zstd", *(f"dspfx, {b} bits" for b in args.bits)]
+    heads = ["tensors", "float32", "float16", "float32, zstd", *(f"dspfx, {b:g} bits" for b in args.bits)]
     if args.json != "-":
         table = [(name, *(f"{value:,}" for value in row)) for name, row in rows.items()]
         dense = rows["file"][0]
@@ -66,12 +66,12 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def written(network: nn.Module, path: Path, blocks: BlockConfig | None, bits: int) -> CompressedReport:
+def written(network: nn.Module, path: Path, blocks: BlockConfig | None, bits: float) -> CompressedReport:
     """The report of a compressed file."""
     return dspfx.write_compressed(network, path, blocks, bits=None if bits == 32 else bits)
 
 
-def layers(network: nn.Module, reports: dict[int, CompressedReport], folder: Path) -> dict[str, list[int]]:
+def layers(network: nn.Module, reports: dict[float, CompressedReport], folder: Path) -> dict[str, list[int]]:
     """By layer, then for all other tensors, and for whole files on disk: bytes in each kind of file."""
     first = next(iter(reports.values()))
     own: dict[str, list[int]] = {}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dspfx.errors import StorageError
 from dspfx.method.blocks import FREE, PRUNED, UNIFIED, Tiling
+from dspfx.method.levels import Sample
 from dspfx.storage.deadmap import ALL_LIVE, PAIRS, WEIGHTS, decode_map, encode_map, map_bits
 from dspfx.storage.streams import Bytes, Cursor, pack, pack_trits, packed_size, unpack, unpack_trits
 from dspfx.storage.words import Kind, Precision, Words, decode_words, encode_words, to_floats
@@ -36,7 +37,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class _Analysis:
+class Cut:
     """A way to cut a weight into blocks: their words, who lives, the class of each block, and an estimate of bits."""
 
     tiling: Tiling | None
@@ -47,17 +48,42 @@ class _Analysis:
     classes: Bytes
     bits: float
 
+    def magnitudes(self, kind: Kind) -> tuple[Words, NDArray[np.float64]]:
+        """Of each unified block the word of |w|, and how many weights live there."""
+        unified = self.classes == UNIFIED
+        words = self.blocks[unified]
+        if not len(words):
+            return words.reshape(-1)[:0], np.zeros(0)
+        return (words & ~words.dtype.type(kind.sign)).max(1), self.living[unified].sum(1).astype(np.float64)
 
-def encode_weight(
+    def free(self) -> Words:
+        """The living weights of free blocks."""
+        free = self.classes == FREE
+        return self.blocks[free][self.living[free]]
+
+    def samples(self, kind: Kind) -> list[Sample]:
+        """The values of its lists, those that there are."""
+        (magnitudes, weights), free = self.magnitudes(kind), self.free()
+        found = [Sample(to_floats(magnitudes, kind), weights)] if len(magnitudes) else []
+        return found + ([Sample.of(to_floats(free, kind))] if len(free) else [])
+
+
+def cut_weight(
     words: Words, shape: tuple[int, ...], kind: Kind, tilings: Iterable[Tiling], precision: Precision
-) -> tuple[Tiling | None, list[bytes], Counts]:
-    """The tiling that is estimated smallest, or None for no blocks at all, and the parts of the content."""
+) -> Cut:
+    """By the tiling that is estimated smallest, or by none; StorageError for what cannot be quantised."""
     if not precision.exact:
         words = np.where(words == kind.sign, words & 0, words)  # the negative zeros that multiplying by a mask leaves
         if not np.isfinite(to_floats(words, kind)).all():
             raise StorageError("a weight is not finite, so it cannot be quantised; leave out bits and values")
-    best = min(_analyses(words, shape, kind, list(tilings), precision), key=lambda found: found.bits)
-    return best.tiling, _parts(best, words, shape, kind, precision), _count(best)
+    return min(_cuts(words, shape, kind, list(tilings), precision), key=lambda found: found.bits)
+
+
+def encode_weight(
+    cut: Cut, shape: tuple[int, ...], kind: Kind, precision: Precision
+) -> tuple[Tiling | None, list[bytes], Counts]:
+    """The tiling, the parts of the content, and what the weight is made of."""
+    return cut.tiling, _parts(cut, shape, kind, precision), _count(cut)
 
 
 def decode_weight(content: bytes, shape: tuple[int, ...], kind: Kind, tiling: Tiling | None) -> Words:
@@ -124,9 +150,9 @@ def _cut(words: Words, dead: Mask, tiling: Tiling | None) -> tuple[Words, Mask]:
     return _split(words, tiling), _split((~dead).astype(np.uint8), tiling).view(bool)
 
 
-def _analyses(
+def _cuts(
     words: Words, shape: tuple[int, ...], kind: Kind, tilings: list[Tiling], precision: Precision
-) -> Iterable[_Analysis]:
+) -> Iterable[Cut]:
     zero = words == 0
     pairs = np.broadcast_to(zero.reshape(*shape[:2], -1).all(2)[:, :, None], (*shape[:2], math.prod(shape[2:])))
     maps = {ALL_LIVE: np.zeros_like(zero), PAIRS: pairs.reshape(-1), WEIGHTS: zero}
@@ -135,7 +161,7 @@ def _analyses(
         if map_kind == ALL_LIVE or dead.any():
             cost = map_bits(map_kind, dead, shape)
             for tiling in (None, *tilings):
-                yield _analyse(words, dead, kind, tiling, map_kind, cost, value_bits)
+                yield _estimated(words, dead, kind, tiling, map_kind, cost, value_bits)
 
 
 def _value_bits(words: Words, kind: Kind, precision: Precision) -> float:
@@ -147,19 +173,19 @@ def _value_bits(words: Words, kind: Kind, precision: Precision) -> float:
     return min(exact, 12) if precision.half else exact
 
 
-def _analyse(
+def _estimated(
     words: Words, dead: Mask, kind: Kind, tiling: Tiling | None, map_kind: int, bits: float, value_bits: float
-) -> _Analysis:
+) -> Cut:
     blocks, living = _cut(words, dead, tiling)
     if tiling is None:
         classes = np.full(1, FREE if living.any() else PRUNED, np.uint8)
-        return _Analysis(None, map_kind, dead, blocks, living, classes, bits + living.sum() * value_bits)
+        return Cut(None, map_kind, dead, blocks, living, classes, bits + living.sum() * value_bits)
     classes, alive = _classify(blocks, living, kind)
     number = np.bincount(classes[alive > 0], minlength=3)
     shares = number[number > 0] / max(number.sum(), 1)
     bits += number.sum() * min(1.6, -(shares * np.log2(shares)).sum() + 0.05)
     bits += number[UNIFIED] * value_bits + alive[classes == UNIFIED].sum() + alive[classes == FREE].sum() * value_bits
-    return _Analysis(tiling, map_kind, dead, blocks, living, classes, bits)
+    return Cut(tiling, map_kind, dead, blocks, living, classes, bits)
 
 
 def _classify(blocks: Words, living: Mask, kind: Kind) -> tuple[Bytes, NDArray[np.int64]]:
@@ -174,26 +200,24 @@ def _classify(blocks: Words, living: Mask, kind: Kind) -> tuple[Bytes, NDArray[n
     return classes, alive
 
 
-def _parts(found: _Analysis, words: Words, shape: tuple[int, ...], kind: Kind, precision: Precision) -> list[bytes]:
+def _parts(found: Cut, shape: tuple[int, ...], kind: Kind, precision: Precision) -> list[bytes]:
     """The content, cut where one kind of number ends and another one begins."""
     parts = encode_map(found.map_kind, found.dead, shape)
     if found.tiling is not None:
         parts.append(pack_trits(found.classes[found.living.any(1)]))
-    of_block = found.living[found.classes == UNIFIED]
-    if len(of_block):
-        blocks = found.blocks[found.classes == UNIFIED]
-        magnitudes = (blocks & ~words.dtype.type(kind.sign)).max(1)
-        head, *body = encode_words(magnitudes, kind, precision, of_block.sum(1).astype(np.float64))
-        signs = (blocks[of_block] >> kind.size * 8 - 1).astype(np.uint8)
+    magnitudes, weights = found.magnitudes(kind)
+    if len(magnitudes):
+        unified = found.classes == UNIFIED
+        head, *body = encode_words(magnitudes, kind, precision, weights)
+        signs = (found.blocks[unified][found.living[unified]] >> kind.size * 8 - 1).astype(np.uint8)
         parts = [*parts[:-1], parts[-1] + head, *body, pack(signs, 8)]
-    free = found.classes == FREE
-    values = found.blocks[free][found.living[free]]
+    values = found.free()
     if len(values):
         head, *body = encode_words(values, kind, precision)
         parts = [*parts[:-1], parts[-1] + head, *body]
     return parts
 
 
-def _count(found: _Analysis) -> Counts:
+def _count(found: Cut) -> Counts:
     number = np.bincount(found.classes, minlength=3)
     return Counts(int(number[FREE]), int(number[UNIFIED]), int(number[PRUNED]), int(found.dead.sum()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -11,7 +13,8 @@ from torch import Tensor
 from dspfx.config import BlockConfig
 from dspfx.errors import StorageError
 from dspfx.method.blocks import Tiling
-from dspfx.storage.blockcode import Counts, decode_weight, encode_weight
+from dspfx.method.levels import Sample, slope_for
+from dspfx.storage.blockcode import Counts, Cut, cut_weight, decode_weight, encode_weight
 from dspfx.storage.envelope import HALF, KINDS, PLAIN, Stream, coding_of
 from dspfx.storage.report import CompressedRow
 from dspfx.storage.streams import compress, to_planes
@@ -50,10 +53,18 @@ def compress_state(
     """Streams of all tensors: `weights` by blocks, those in `exact` plain, the small ones together by element type."""
     found = Compressed()
     together: dict[tuple[Kind, bool], dict[str, Tensor]] = {}
+    cuts: dict[str, Cut] = {}
+    for name, value in state.items():
+        kind, shape = _BY_DTYPE[value.dtype], tuple(value.shape)
+        if name in weights - exact and kind.is_weight and value.dim() >= 2 and value.numel():
+            with _naming(name):
+                cuts[name] = cut_weight(to_words(value), shape, kind, _tilings(shape, blocks), precision)
+    precision = _priced(precision, [s for name, cut in cuts.items() for s in cut.samples(_BY_DTYPE[state[name].dtype])])
     for name, value in state.items():
         kind = _BY_DTYPE[value.dtype]
-        if name in weights - exact and kind.is_weight and value.dim() >= 2 and value.numel():
-            _add_weight(found, name, value, kind, _tilings(tuple(value.shape), blocks), precision)
+        if name in cuts:
+            with _naming(name):
+                _add_weight(found, name, value, kind, cuts.pop(name), precision)
             continue
         halve = halve_rest and name not in exact and kind.halves and _fits_half(value, kind)
         if value.nbytes >= _LARGE:
@@ -77,14 +88,24 @@ def _tilings(shape: tuple[int, ...], blocks: BlockConfig | None) -> list[Tiling]
     return list(found.values())
 
 
-def _add_weight(
-    found: Compressed, name: str, value: Tensor, kind: Kind, tilings: list[Tiling], precision: Precision
-) -> None:
-    words, shape = to_words(value), tuple(value.shape)
+def _priced(precision: Precision, samples: list[Sample]) -> Precision:
+    """With the price of a bit at which all these values take as many as they may."""
+    if precision.bits is None or not samples:
+        return precision
+    return replace(precision, slope=slope_for(samples, precision.bits))
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
     try:
-        tiling, parts, counts = encode_weight(words, shape, kind, tilings, precision)
+        yield
     except StorageError as reason:
         raise StorageError(f"{name}: {reason}, or name its layer in BlockConfig.skip.") from reason
+
+
+def _add_weight(found: Compressed, name: str, value: Tensor, kind: Kind, cut: Cut, precision: Precision) -> None:
+    words, shape = to_words(value), tuple(value.shape)
+    tiling, parts, counts = encode_weight(cut, shape, kind, precision)
     coding, frame = coding_of(tiling), compress(parts)
     read = decode_weight(b"".join(parts), shape, kind, tiling)
     error = 0.0 if np.array_equal(read, words) else _distance(to_floats(words, kind), to_floats(read, kind))

@@ -36,8 +36,7 @@ def write_compressed(
     path: str | os.PathLike[str],
     blocks: BlockConfig | None = None,
     *,
-    bits: int | None = None,
-    codebook: Literal["uniform", "kmeans"] = "uniform",
+    bits: float | None = None,
     values: Literal["exact", "fp16"] = "exact",
     rest: Literal["exact", "fp16"] = "exact",
 ) -> CompressedReport:
@@ -52,10 +51,10 @@ def write_compressed(
         path: the file appears whole or not at all.
         blocks: shape and layout of the blocks, and `skip`, the layers that stay exact and are not searched for blocks;
             its fractions do not matter. None: several shapes and both layouts are tried on each layer.
-        bits: 2 to 8: weights become one of 2 ** bits values of their layer, by least squared error; so do the shared
-            absolute values, with levels of their own. Dead weights and pruned blocks stay zero, unified blocks unified
-            and nonzero; a free weight may become zero. Lists of few values stay exact where that is no larger.
-        codebook: "uniform": evenly spaced levels, whose indices compress better; "kmeans": levels anywhere.
+        bits: 0.5 to 8: weights get few values, whose entropy is about so many bits each over the whole network, at the
+            least squared error (`method.levels`); so do the shared absolute values, of their own. Dead weights and
+            pruned blocks stay zero, unified blocks unified and nonzero; a free weight may become zero. Lists of few
+            values stay exact where that is no larger.
         values: "fp16" rounds these values to float16 instead (in float32 and float64 networks).
         rest: "fp16" rounds all other float32 and float64 tensors (norms, biases) to float16, those excepted in which a
             value would be off by more than the rounding of float16's normal numbers.
@@ -68,7 +67,7 @@ def write_compressed(
             `path` cannot be written.
         ConfigError: a setting is outside its range.
     """
-    precision = _precision(bits, codebook, values)
+    _check_precision(bits, values)
     if rest not in ("exact", "fp16"):
         raise ConfigError(f"rest is {rest!r}; give 'exact' or 'fp16'.")
     named, own, shared = shipped_state(model), {}, {}
@@ -88,6 +87,7 @@ def write_compressed(
             f"BlockConfig.skip names {unknown[0]!r}, which is no convolution or linear layer of {type(model).__name__}."
         )
     exact = {name for name, layer in layers.items() if layer in skip}
+    precision = Precision(bits, values == "fp16")
     found = compress_state(own, set(layers), exact, blocks, precision, rest == "fp16")
     size = envelope.write_file(Path(path), Index(tuple(found.streams), shared), found.frames)
     return CompressedReport(str(path), size, found.dense_bytes, tuple(found.rows))
@@ -133,14 +133,12 @@ def compressed_index(path: str | os.PathLike[str]) -> Index:
             return envelope.read_index(file, header, entries, 16 * envelope.MOST_INDEX)
 
 
-def _precision(bits: Any, codebook: Any, values: Any) -> Precision:
-    if bits is not None and not (type(bits) is int and 2 <= bits <= 8):
-        raise ConfigError(f"bits is {bits!r}; give a whole number from 2 to 8, or None for exact values.")
-    if codebook not in ("uniform", "kmeans"):
-        raise ConfigError(f"codebook is {codebook!r}; give 'uniform' or 'kmeans'.")
+def _check_precision(bits: Any, values: Any) -> None:
+    is_number = isinstance(bits, (int, float)) and not isinstance(bits, bool)
+    if bits is not None and not (is_number and 0.5 <= bits <= 8):
+        raise ConfigError(f"bits is {bits!r}; give a number from 0.5 to 8, or None for exact values.")
     if values not in ("exact", "fp16") or (bits is not None and values == "fp16"):
         raise ConfigError(f"values is {values!r} with bits={bits!r}; give 'exact', or 'fp16' without bits.")
-    return Precision(bits, codebook, values == "fp16")
 
 
 def shipped_state(model: nn.Module) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from dspfx.method import levels
 from dspfx.storage.streams import Bytes, Cursor, compress, from_planes, pack, packed_size, to_planes, unpack
 
 Words = NDArray[np.unsignedinteger]
-PLAIN, HALF, TABLE, LADDER = range(4)  # how a list of words is written
+PLAIN, HALF, TABLE = range(3)  # how a list of words is written
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALL = 4096  # lists up to this length may be smaller exact than quantised
 _GLANCE = 65536
@@ -61,11 +59,17 @@ KINDS = _kinds()  # a complex number is two words, its real and its imaginary pa
 
 @dataclass(frozen=True)
 class Precision:
-    """What writing may change of a list of words: nothing, or to float16, or to 2 ** bits levels."""
+    """What writing may change of a list of words: nothing, or to float16, or to few values of so many bits.
 
-    bits: int | None = None
-    codebook: Literal["uniform", "kmeans"] = "uniform"
+    Attributes:
+        bits: a value's, about.
+        half: float16.
+        slope: of `method.levels`, at which all values of the network take these bits.
+    """
+
+    bits: float | None = None
     half: bool = False
+    slope: float = 0.0
 
     @property
     def exact(self) -> bool:
@@ -135,15 +139,10 @@ def decode_words(cursor: Cursor, number: int, kind: Kind, what: str) -> Words:
     if way == HALF and kind.halves:
         halves = from_planes(cursor.take(number * 2, what), number, 2, rotate=True).view(np.float16)
         return halves.astype(f"f{kind.size}").view(f"u{kind.size}")
-    if way not in (TABLE, LADDER):
+    if way != TABLE:
         raise StorageError(f"its {what} are of kind {way}, which {kind.name} does not have")
     size = int(cursor.number("u1", f"levels of {what}")) + 1
-    if way == TABLE:
-        table: Words = cursor.take(size * kind.size, f"levels of {what}").view(f"<u{kind.size}")
-    else:
-        step, first, stride = (cursor.number(n, f"levels of {what}") for n in ("<f4", "<i2", "u1"))
-        with np.errstate(all="ignore"):  # a damaged step gives strange levels, which harm nothing
-            table = from_floats(levels.Ladder(np.float32(step), int(first), int(stride), size).levels, kind)
+    table: Words = cursor.take(size * kind.size, f"levels of {what}").view(f"<u{kind.size}")
     per_byte = int(cursor.number("u1", f"packing of {what}"))
     if per_byte not in (1, 2, 4, 8):
         raise StorageError(f"its {what} are packed {per_byte} a byte")
@@ -154,9 +153,8 @@ def decode_words(cursor: Cursor, number: int, kind: Kind, what: str) -> Words:
 
 
 def _indexed(head: bytes, table: Words, indices: Bytes, kind: Kind) -> list[list[bytes]]:
-    """A table of words, or a ladder already in the head, and the indices in every packing that holds them."""
-    if len(table):
-        head += bytes([len(table) - 1]) + table.astype(f"<u{kind.size}").tobytes()
+    """A table of words, and the indices in every packing that holds them."""
+    head += bytes([len(table) - 1]) + table.astype(f"<u{kind.size}").tobytes()
     most = int(indices.max())
     fitting = [per_byte for per_byte in (1, 2, 4, 8) if most < 2 ** (8 // per_byte)]
     return [[head + bytes([per_byte]), pack(indices, per_byte)] for per_byte in {1, fitting[-1]}]
@@ -175,21 +173,10 @@ def _halves(words: Words, kind: Kind, positive: bool) -> Words:
 def _quantised(
     words: Words, kind: Kind, precision: Precision, weights: NDArray[np.float64] | None
 ) -> list[list[bytes]]:
-    assert precision.bits is not None
     values = to_floats(words, kind)
     sample = levels.Sample(values, np.ones_like(values) if weights is None else weights)
-    ladder = (levels.signed_ladder if weights is None else levels.positive_ladder)(sample, precision.bits)
-    if ladder is None:
-        return []
-    if precision.codebook == "kmeans":
-        table = np.unique(from_floats(levels.k_means(sample, ladder.levels), kind))
-        table = table[np.argsort(to_floats(table, kind), kind="stable")]
-    else:
-        table = from_floats(ladder.levels, kind)
+    found, edges = levels.entropy_levels(sample, precision.slope)
+    table, place = np.unique(from_floats(found, kind), return_inverse=True)  # neighbours may be one in this type
     if weights is not None and not table.all():
         return []  # so small that the element type has no such level
-    indices = levels.nearest(values, to_floats(table, kind))
-    if precision.codebook == "kmeans":
-        return _indexed(bytes([TABLE]), table, indices, kind)
-    head = struct.pack("<BBfhB", LADDER, ladder.size - 1, ladder.step, ladder.first, ladder.stride)
-    return _indexed(head, table[:0], indices, kind)
+    return _indexed(bytes([TABLE]), table, place[np.searchsorted(edges, values)].astype(np.uint8), kind)

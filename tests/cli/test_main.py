@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import pytest
 
-from dspfx.__main__ import main
+from dspfx.__main__ import EPILOG, main, make_parser
 from dspfx.cli import compress
 from dspfx.errors import ConfigError
 
@@ -33,6 +34,16 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(compress, "run", raising(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError, match="ours"):
         main(["compress", "--out", "runs/x"])
+
+
+def test_examples_in_the_help_are_commands() -> None:
+    text = f"{EPILOG}\n{compress.EXAMPLES}".replace("\\\n", " ")
+    examples = [
+        re.split(r" {3,}", line.strip())[0].split() for line in text.splitlines() if line.startswith("  dspfx ")
+    ]
+    assert len(examples) == 8
+    for _, *words in examples:
+        assert make_parser().parse_args(words).command == words[0]
 
 
 @pytest.mark.parametrize("command", ["compress", "profile", "benchmark", "estimate"])
