@@ -97,8 +97,8 @@ class AlikeWeight:
 
         Sums are of integers: the same in any order, so on all ranks and in a resumed run.
         """
-        zero = -int(level.min())
-        level, size = level + zero, int(level.max()) + zero + 1
+        zero = max(-int(level.min()), 0)  # where there is no zero, or no unified block, too
+        level, size = level + zero, max(int(level.max()), 0) + zero + 1
         values = self.weight.flatten() * signs
         unit = values.abs().max().double().clamp(min=1e-30) * 2.0**-_PRECISION
         sums = torch.zeros(size, dtype=torch.int64, device=level.device)

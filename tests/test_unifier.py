@@ -226,6 +226,17 @@ def test_few_values_train_as_the_means_of_their_weights(bits: float) -> None:
         torch.testing.assert_close(after[name].flatten().double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("config", [dspfx.BlockConfig((1, 1), 0, 0), dspfx.BlockConfig((2, 2), 0, 1)])
+def test_all_free_and_all_unified_weights_have_few_values_too(config: dspfx.BlockConfig) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with dspfx.Unifier(model, optimizer, config, total_steps=1) as unifier:
+        plan = unifier.project(2)
+        train(model, optimizer, 2)
+    assert entropy(plan, layer_weights(model, plan)) <= 2
+    assert all(w.all() for w in layer_weights(model, plan).values())
+
+
 def test_trained_levels_are_written_exactly_and_in_few_bytes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
