@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dspfx import ranks
-from dspfx.cli import benchmark, compress, estimate, export, profile, sizes, verify
+from dspfx.cli import benchmark, compress, estimate, export, pages, profile, sizes, verify
 from dspfx.errors import DspfxError
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     parser = argparse.ArgumentParser(prog="dspfx", description="Makes convolutional networks smaller and faster.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (compress, profile, sizes, benchmark, estimate, export, verify):
+    for command in (compress, profile, sizes, benchmark, estimate, export, verify, pages):
         command.register(commands)
     args = parser.parse_args(argv)
     try:
