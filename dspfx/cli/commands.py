@@ -31,7 +31,7 @@ def _usual(arguments: dict[str, Any]) -> dict[str, Any]:
     """What `read_settings` takes where nothing is given, beside these arguments; of a fork, only what says nothing."""
     if arguments.get("fork") is not None:
         inherited = {name: value for name, value in arguments.items() if name not in AFTERWARDS}
-        switches = {name: False for name in ("one_shot", "dense_control")}
+        switches = dict.fromkeys(("one_shot", "dense_control"), False)
         return inherited | switches | ({"epochs_tune": 0, "epochs_unify": 0} if arguments["one_shot"] else {})
     usual = DEFAULTS | (QUICK if arguments["data"] == "digits" else FULL)
     if arguments["checkpoint"] is not None:

@@ -102,7 +102,7 @@ def _run(settings: Settings, machine: Machine, out: Path) -> None:
 
 
 def rehearse(dense: nn.Module, example: Tensor, single: Tensor, settings: Settings, trainer: Trainer) -> Coverage:
-    """Prints what can be gated, and returns it; whatever prepare, GroupLearner, prune or the runtime refuse ends the run here.
+    """Prints and returns what can be gated; whatever prepare, GroupLearner, prune or the runtime refuse ends it here.
 
     A run that has checkpoints came through this before it made them, and measures no latency again.
     """
@@ -219,7 +219,10 @@ def lower(gm: nn.Module, single: Tensor, settings: Settings) -> tuple[nn.Module,
 
 @torch.no_grad()
 def check_equal(gm: nn.Module, small: nn.Module, example: Tensor) -> float:
-    """The largest difference, of the output's scale, of the two networks; raises MismatchError where the lowered network answers otherwise than the pruned one."""
+    """The largest difference of the outputs of both, of their scale.
+
+    Raises MismatchError where the lowered network answers otherwise than the pruned one.
+    """
     gm.eval()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected, found = gm(example), small(example)

@@ -38,6 +38,7 @@ def chart(
     show: Callable[[float], str] = "{:.3g}".format,
     reference: tuple[float, str] | None = None,
     from_zero: bool = False,
+    is_log: bool = False,
 ) -> Html:
     """A figure with its legend; empty where no line has a point. `reference` is a level and what it means."""
     lines = [line for line in lines if line.points]
@@ -45,7 +46,9 @@ def chart(
         return Html("")
     values = [value for line in lines for _, value in line.points]
     values += [0.0] * from_zero + ([reference[0]] if reference else [])
-    ticks = nice_ticks(min(values), max(values))
+    is_log = is_log and min(values) > 0
+    scale: Callable[[float], float] = math.log10 if is_log else float
+    ticks = (log_ticks if is_log else nice_ticks)(min(values), max(values))
     low, high = min(ticks[0], *values), max(ticks[-1], *values)
     last = max(max(x for line in lines for x, _ in line.points), *(band.last for band in bands), 1)
 
@@ -53,7 +56,7 @@ def chart(
         return LEFT + (WIDTH - LEFT - RIGHT) * epoch / last
 
     def y(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / ((high - low) or 1)
+        return TOP + (HEIGHT - TOP - BOTTOM) * (scale(high) - scale(value)) / ((scale(high) - scale(low)) or 1)
 
     parts = [_band(band, x, index) for index, band in enumerate(bands)]
     for tick in ticks:
@@ -87,6 +90,16 @@ def nice_ticks(low: float, high: float) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, count = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{index * step:.12g}") for index in range(first, max(count, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers that span a range above 0: powers of ten, with 2 and 5 of each where these are few."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    ticks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
+    start = max(index for index, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
+    end = min((index for index, tick in enumerate(ticks) if tick >= high * (1 - 1e-9)), default=len(ticks) - 1)
+    return ticks[start : max(end, start + 1) + 1]
 
 
 def _band(band: Band, x: Callable[[float], float], index: int) -> Html:

@@ -39,7 +39,7 @@ def table(
 ) -> Html:
     """A table with a caption, header cells, and in each row the first cell as its header; it scrolls by itself.
 
-    `numbers` are columns aligned to the right, `wide` those that a narrow screen leaves out; `attributes` are the rows'.
+    `numbers` are columns aligned to the right, `wide` those that a narrow screen leaves out; `attributes` are of rows.
     """
     right, hidden, kept = set(numbers), set(wide), [list(row) for row in rows]
 

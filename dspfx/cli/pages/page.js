@@ -139,7 +139,7 @@ function show(row, opened) {
 
 rows.forEach((row, index) => {
   const layer = layers[Number(row.dataset.layer)];
-  draw(row.querySelector(".thumb"), layer, study(layer), true, 1, 64);
+  draw(row.querySelector(".thumb"), layer, study(layer), true, 1, 48);
   row.addEventListener("click", () => show(row, !row.classList.contains("shown")));
   row.addEventListener("keydown", (event) => {
     const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
@@ -150,12 +150,13 @@ rows.forEach((row, index) => {
   });
 });
 
-// One picture is open from the start: that of the layer whose groups read the least in common.
-const shared = (layer) => {
+// One picture is open from the start: of the layer where groups save most beyond dead filters and unread channels.
+const saved = (layer) => {
   const found = study(layer);
-  return found.groups.length < 2 ? 1 : found.left / ((1 - found.dead / found.filters) * (1 - found.unread.filter(Boolean).length / found.channels));
+  const unread = found.unread.filter(Boolean).length;
+  return (1 - found.dead / found.filters) * (1 - unread / found.channels) - found.left;
 };
 if (rows.length) {
-  const values = layers.map(shared);
-  show(rows[values.indexOf(Math.min(...values))], true);
+  const values = layers.map(saved);
+  show(rows[values.indexOf(Math.max(...values))], true);
 }

@@ -6,7 +6,7 @@ import base64
 import hashlib
 from importlib.resources import files
 
-from dspfx.cli.pages import sections, words
+from dspfx.cli.pages import curves, layers, sections, words
 from dspfx.cli.pages.markup import Html, embedded, join, tag
 from dspfx.cli.pages.run import Run, compact
 
@@ -46,8 +46,8 @@ def _main(run: Run) -> list[Html]:
         sections.tiles(run),
         _section("short", "In short", sections.questions(run)),
         _section("networks", "The networks, measured", sections.networks(run)),
-        _section("layers", "What is left of each layer", sections.layers(run)),
-        _section("training", "How it was trained", sections.training(run)),
+        _section("layers", "What is left of each layer", layers.layers(run)),
+        _section("training", "How it was trained", curves.training(run)),
         _section("lowering", "Which form runs, and how it was chosen", sections.lowering(run)),
         _section("coverage", "What was left alone, and why", sections.coverage(run)),
         _section("again", "Do it again", sections.again(run)),

@@ -67,6 +67,7 @@ class Run:
     Attributes:
         results: results.json.
         layers: the gated ones; empty where there is no plan.json.
+        lowered: every layer that carries channels, in the form that it was lowered to; empty where it is not known.
         skipped: layers without a gate, and why; None where that is not known.
         is_as_planned: pruned.safetensors has plan.json's structure; None where that was not compared.
         missing: what could not be shown and why, a sentence each.
@@ -74,6 +75,7 @@ class Run:
 
     results: dict[str, Any]
     layers: tuple[Layer, ...] = ()
+    lowered: tuple[LoweredLayer, ...] = ()
     skipped: tuple[Skipped, ...] | None = None
     is_as_planned: bool | None = None
     missing: list[str] = field(default_factory=list)
@@ -93,32 +95,33 @@ def read_run(out: Path) -> Run:
         )
     results, missing = read_json(out / FILE), list[str]()
     _check(results, out / FILE)
+    missing += _unrecorded(results)
     gate_text = _metadata(out / "pruned.safetensors", "gate_plan", missing)
     lower_text = _metadata(out / "network.safetensors", "lower_plan", missing)
-    gates = None if gate_text is None else GatePlan.from_json(gate_text)
+    skipped = None if gate_text is None else GatePlan.from_json(gate_text).skipped
     lowered = {} if lower_text is None else {layer.name: layer for layer in LowerPlan.from_json(lower_text).layers}
     if not (out / "plan.json").is_file():
         missing.append("What is left of each layer: plan.json is not there.")
-        return Run(results, (), gates and gates.skipped, None, [*missing, *_unrecorded(results)])
+        return Run(results, (), tuple(lowered.values()), skipped, None, missing)
     plan = PrunePlan.from_json((out / "plan.json").read_text())
     planned = {layer.name: _planned(layer) for layer in plan.layers}
     saved = None if gate_text is None else _saved(out / "pruned.safetensors", list(planned))
     layers = tuple(Layer(layer, (saved or planned)[layer.name], lowered.get(layer.name)) for layer in plan.layers)
     same = None if saved is None else all(_masks(saved[name]) == _masks(planned[name]) for name in planned)
-    return Run(results, layers, gates and gates.skipped, same, [*missing, *_unrecorded(results)])
+    return Run(results, layers, tuple(lowered.values()), skipped, same, missing)
 
 
 def _check(results: Any, path: Path) -> None:
     """Raises StorageError that names the first thing which every version wrote and this file lacks."""
     rows = ("test", "flops_needed", "params_needed", "flops", "params", "file_bytes", "latency_ms", "latency_ratio")
     top = ("arguments", "versions", "machine", "networks", "left", "runtime", "latency", "contest", "curves")
-    wanted = [(name,) for name in top] + [("networks", name, key) for name in ("dense", "lowered") for key in rows]
-    wanted += [("arguments", name) for name in ("model", "data", "budget", "seed")]
+    wanted = [*top, *(f"networks/{name}/{key}" for name in ("dense", "lowered") for key in rows)]
+    wanted += [f"arguments/{name}" for name in ("model", "data", "budget", "seed")]
     for keys in wanted:
         value = results
-        for key in keys:
+        for key in keys.split("/"):
             if not isinstance(value, dict) or key not in value:
-                raise StorageError(f"{path} has no {'.'.join(keys)}, which compress writes; run it again.")
+                raise StorageError(f"{path} has no {keys}, which compress writes; run it again.")
             value = value[key]
 
 
