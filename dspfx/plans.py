@@ -9,12 +9,16 @@ import types
 import typing
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tabulate import tabulate
 
 from dspfx.config import BlockConfig, GateConfig
 from dspfx.errors import ConfigError, StorageError
+from dspfx.plots import plot_shares
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Plan:
@@ -150,6 +154,14 @@ class PrunePlan(Plan):
     gated_flops_left: float
     beta: float
     latency_left: float | None = None
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """A bar a layer, the share of its FLOPs that is left; on `ax`, or on a new pyplot figure.
+
+        Raises ConfigError where matplotlib, the extra `plots`, is missing.
+        """
+        shares = [layer.macs_left / layer.macs if layer.macs else 1.0 for layer in self.layers]
+        return plot_shares([layer.name for layer in self.layers], shares, self.flops_left, ax)
 
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = []

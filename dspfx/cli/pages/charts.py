@@ -31,11 +31,16 @@ class Band:
     last: int
 
 
+def show_number(value: float) -> str:
+    """Three digits that count, and no powers of ten for what fits without."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
 def chart(
     title: str,
     lines: Sequence[Line],
     bands: Sequence[Band],
-    show: Callable[[float], str] = "{:.3g}".format,
+    show: Callable[[float], str] = show_number,
     reference: tuple[float, str] | None = None,
     from_zero: bool = False,
     is_log: bool = False,
@@ -62,13 +67,13 @@ def chart(
     for tick in ticks:
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y(tick):.1f}", y2=f"{y(tick):.1f}", class_="grid"))
         parts.append(tag("text", show(tick), x=LEFT - 6, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
-    for tick in (t for t in nice_ticks(0, last) if t == int(t) and t <= last):
+    for tick in (t for t in nice_ticks(0, last, 8) if t == int(t) and t <= last):
         parts.append(tag("text", int(tick), x=f"{x(tick):.1f}", y=HEIGHT - BOTTOM + 16, text_anchor="middle"))
     parts.append(tag("text", "epoch", x=WIDTH - RIGHT, y=HEIGHT - 4, text_anchor="end"))
     if reference is not None:
         level = f"{y(reference[0]):.1f}"
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=level, y2=level, class_="reference"))
-        parts.append(tag("text", reference[1], x=WIDTH - RIGHT - 4, y=f"{y(reference[0]) + 14:.1f}", text_anchor="end"))
+        parts.append(tag("text", reference[1], x=WIDTH - RIGHT - 4, y=f"{y(reference[0]) - 5:.1f}", text_anchor="end"))
     parts += [_line(line, x, y) for line in lines]
     name = describe(title, lines, show)
     picture = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=name)
@@ -82,10 +87,10 @@ def describe(title: str, lines: Sequence[Line], show: Callable[[float], str]) ->
     return f"{title}, by epoch: {'; '.join(said)}. The numbers are in the table below."
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """About five round numbers that span the range."""
+def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """About so many round numbers that span the range."""
     span = (high - low) or abs(high) or 1.0
-    rough = span / 4
+    rough = span / about
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, count = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dspfx.cli.pages import words
-from dspfx.cli.pages.charts import Band, Line, chart
+from dspfx.cli.pages.charts import Band, Line, chart, show_number
 from dspfx.cli.pages.markup import Html, join, table, tag
 from dspfx.cli.pages.run import Run
 
@@ -28,7 +28,7 @@ def training(run: Run) -> Html:
     figures = []
     for what, title, show in (
         ("accuracy", "Accuracy", "{:.0%}".format if _range(curves, "accuracy") > 0.08 else "{:.1%}".format),
-        ("loss", "Loss, on a logarithmic scale", "{:.3g}".format),
+        ("loss", "Loss, on a logarithmic scale", show_number),
     ):
         lines = [
             Line("validation", "a", _points(curves, starts, f"val_{what}", control=False)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspfx.cli.pages.markup import Html, join, table, tag
+from dspfx.cli.pages.markup import Html, breakable, join, table, tag
 from dspfx.cli.pages.run import Layer, Run
 from dspfx.plans import LoweredLayer
 
@@ -26,7 +26,7 @@ def layers(run: Run) -> Html:
         shapes = ", ".join(f"{filters}×{channels}" for filters, channels in layer.structure.groups)
         form, ms = (layer.lowered.form, layer.lowered.ms) if layer.lowered else ("", None)
         rows.append((
-            tag("button", layer.plan.name, type="button", class_="open", aria_expanded="false"),
+            tag("button", breakable(layer.plan.name), type="button", class_="open", aria_expanded="false"),
             tag("canvas", class_="thumb", width=1, height=1, aria_hidden="true"),
             f"{layer.plan.out_channels}×{layer.plan.in_channels}",
             tag("span", shapes or "nothing", class_="shapes"),
@@ -63,7 +63,7 @@ def forms(run: Run) -> Html:
     used = list(dict.fromkeys(layer.form for layer in run.lowered))
     counts = [f"{sum(layer.form == form for layer in run.lowered)} {form} ({FORMS[form]})" for form in used]
     rows = [(
-        layer.name,
+        breakable(layer.name),
         layer.form,
         f"{len(layer.filters)}×{len(layer.channels)}",
         ", ".join(f"{len(group.filters)}×{len(group.channels)}" for group in layer.groups),

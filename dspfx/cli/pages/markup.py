@@ -22,11 +22,16 @@ def join(parts: Iterable[Any], between: str = "") -> Html:
     return Html(between.join(safe(part) for part in parts))
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Html:
-    """<name attributes>children</name>; `class_` is class, `aria_hidden` is aria-hidden, None leaves one out."""
+def tag(element: str, *children: Any, **attributes: Any) -> Html:
+    """<element attributes>children</element>; `class_` is class, `aria_hidden` is aria-hidden, None leaves one out."""
     pairs = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
     own = "".join(f' {key}="{safe(value)}"' for key, value in pairs)
-    return Html(f"<{name}{own}>{join(children)}</{name}>")
+    return Html(f"<{element}{own}>{join(children)}</{element}>")
+
+
+def breakable(text: str) -> Html:
+    """A qualified name or a path, which may break after its dots."""
+    return Html(html.escape(text).replace(".", ".<wbr>").replace("/", "/<wbr>"))
 
 
 def table(
@@ -55,9 +60,9 @@ def table(
     return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
-def embedded(name: str, content: Any) -> Html:
+def embedded(identity: str, content: Any) -> Html:
     """JSON for the page's script, in which nothing can end the element that holds it."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Html(f'<script type="application/json" id="{safe(name)}">{text}</script>')
+    return Html(f'<script type="application/json" id="{safe(identity)}">{text}</script>')

@@ -13,6 +13,8 @@ from dspfx.cli.report import FILE
 from dspfx.errors import ConfigError, StorageError
 from dspfx.plans import GatePlan, LoweredLayer, LowerPlan, PrunedLayer, PrunePlan, Skipped
 
+NOISE = 0.1  # of a ratio of equal work from 1, beyond which times are not to be trusted
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -79,6 +81,12 @@ class Run:
     skipped: tuple[Skipped, ...] | None = None
     is_as_planned: bool | None = None
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def is_noisy(self) -> bool:
+        """True where the pruned network, the dense one with zeros, did not take the same time."""
+        pruned = self.results["networks"].get("pruned")
+        return pruned is not None and abs(pruned["latency_ratio"] - 1) > NOISE
 
 
 def read_run(out: Path) -> Run:

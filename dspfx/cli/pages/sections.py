@@ -8,7 +8,7 @@ from typing import Any
 from dspfx.cli import commands
 from dspfx.cli.pages import words
 from dspfx.cli.pages.layers import forms
-from dspfx.cli.pages.markup import Html, join, table, tag
+from dspfx.cli.pages.markup import Html, breakable, join, table, tag
 from dspfx.cli.pages.run import Run
 from dspfx.cli.report import TITLES
 
@@ -25,10 +25,11 @@ def tiles(run: Run) -> Html:
     """Four numbers."""
     dense, lowered, left = run.results["networks"]["dense"], run.results["networks"]["lowered"], run.results["left"]
     small = words.smallest(run)
-    gained = lowered["test"]["accuracy"] - dense["test"]["accuracy"]
+    rival, who = words.rival(run)
+    gained = lowered["test"]["accuracy"] - rival["accuracy"]
     executed = f"of {dense['flops'] / 1e6:,.1f} M; {lowered['flops'] / dense['flops']:.1%} executed"
     numbers = [
-        ("Accuracy", f"{lowered['test']['accuracy']:.2%}", f"{words.points(gained)} to dense"),
+        ("Accuracy", f"{lowered['test']['accuracy']:.2%}", f"{words.points(gained)} to {who}"),
         ("FLOPs needed", f"{left['flops']:.1%}", executed),
         ("File", words.show_bytes(small["file_bytes"]), f"{small['file_bytes'] / dense['file_bytes']:.0%} of dense"),
         ("Latency", words.show_ms(lowered["latency_ms"]), f"{lowered['latency_ratio']:.2f} of dense"),
@@ -61,14 +62,14 @@ def networks(run: Run) -> Html:
         rows.append((
             join([TITLES.get(name, name), tag("small", WHAT.get(name, ""))]),
             f"{row['test']['accuracy']:.2%}",
+            words.show_ms(row["latency_ms"]),
+            f"{row['latency_ratio']:.2f}" + (f" ±{spread / 2:.2f}" if spread else ""),
             f"{row['flops_needed']:.1%}",
             f"{row['flops'] / 1e6:,.1f} M ({row['flops'] / dense['flops']:.0%})",
             f"{row['params_needed']:.1%}",
             words.show_bytes(row["file_bytes"]),
-            words.show_ms(row["latency_ms"]),
-            f"{row['latency_ratio']:.2f}" + (f" ±{spread / 2:.2f}" if spread else ""),
         ))  # fmt: skip
-    heads = ["network", "test accuracy", "FLOPs needed", "executed", "weights needed", "file", "latency", "to dense"]
+    heads = ["network", "test accuracy", "latency", "to dense", "FLOPs needed", "executed", "weights needed", "file"]
     note = (
         f"{dense['test']['images']:,} test images. Needed: by the weights that were kept, groups counted exactly. "
         "Executed: by PyTorch, where multiplying some zeros can be faster than leaving them out. Latency: "
@@ -120,7 +121,7 @@ def coverage(run: Run) -> Html:
         parts.append(tag("p", f"{said}; {shares}."))
     skipped = run.skipped
     if skipped:
-        rows = [(layer.name, layer.kind, f"{layer.macs / 1e6:,.2f} M", layer.reason) for layer in skipped]
+        rows = [(breakable(layer.name), layer.kind, f"{layer.macs / 1e6:,.2f} M", layer.reason) for layer in skipped]
         parts.append(table("Layers without groups", ["layer", "type", "FLOPs", "because"], rows, numbers=(2,)))
     elif skipped is not None:
         parts.append(tag("p", "Every layer got groups."))

@@ -46,6 +46,14 @@ def smallest(run: Run) -> dict[str, Any]:
     return networks.get("compressed", networks["lowered"])
 
 
+def rival(run: Run) -> tuple[dict[str, Any], str]:
+    """(the score to compare with, whose it is): where there is one, of the dense network that trained as long."""
+    networks = run.results["networks"]
+    if "control" in networks:
+        return networks["control"]["test"], "a dense network trained as long"
+    return networks["dense"]["test"], "dense"
+
+
 def headline(run: Run) -> str:
     """One sentence: time, bytes, accuracy; it begins with what it bought, or says that it bought nothing."""
     dense, lowered = run.results["networks"]["dense"], run.results["networks"]["lowered"]
@@ -57,15 +65,17 @@ def headline(run: Run) -> str:
         speed = f"slower than the dense network ({ratio:.2f} times its time)"
     file = f"{size:.0%} of its bytes" if size < 1 - NOTHING else "a file that is no smaller"
     is_bought = min(ratio, size) < 1 - NOTHING
-    said = f"{speed}, {file}, {_gain(lowered['test'], dense['test'])}."
+    said = f"{speed}, {file}, {_gain(run)}."
     return said[0].upper() + said[1:] if is_bought else f"It bought nothing: {said}"
 
 
-def _gain(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+def _gain(run: Run) -> str:
+    ours, (theirs, who) = run.results["networks"]["lowered"]["test"], rival(run)
     gained = ours["accuracy"] - theirs["accuracy"]
+    to_whom = "" if who == "dense" else f" to {who}"
     if gained == 0:
-        return "and just as accurate"
-    return f"accuracy {points(gained)}{' (can be chance)' if abs(gained) <= chance(ours, theirs) else ''}"
+        return f"and just as accurate{to_whom.replace(' to ', ' as ')}"
+    return f"accuracy {points(gained)}{to_whom}{' (can be chance)' if abs(gained) <= chance(ours, theirs) else ''}"
 
 
 def done(run: Run) -> list[str]:
@@ -139,8 +149,6 @@ def _accuracy(run: Run) -> list[str]:
     dense, lowered = networks["dense"]["test"], networks["lowered"]["test"]
     said = f"Accuracy: {lowered['accuracy']:.2%} of {lowered['images']:,} test images."
     sentences = [f"{said} {_versus(lowered, dense, 'the dense network')}"]
-    if "compressed" in networks and networks["compressed"]["test"]["accuracy"] != lowered["accuracy"]:
-        sentences.append(f"The compressed file reaches {networks['compressed']['test']['accuracy']:.2%}.")
     if "control" in networks:
         name = "the dense network that trained for as many epochs"
         sentences.append(_versus(lowered, networks["control"]["test"], name))
@@ -149,6 +157,8 @@ def _accuracy(run: Run) -> list[str]:
             "The pruned network trained for more epochs than the dense one, which alone may explain why it is better; "
             "--dense-control would tell."
         )
+    if "compressed" in networks and networks["compressed"]["test"]["accuracy"] != lowered["accuracy"]:
+        sentences.append(f"The compressed file reaches {networks['compressed']['test']['accuracy']:.2%}.")
     return sentences
 
 
@@ -156,12 +166,12 @@ def _versus(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> str:
     gained, noise = ours["accuracy"] - theirs["accuracy"], chance(ours, theirs)
     images = round(abs(gained) * ours["images"])
     if images == 0:
-        return f"That is exactly as many as {name} gets right."
+        return f"It gets exactly as many right as {name}."
     size = f"{plural(images, 'image')} {'more' if gained > 0 else 'fewer'}"
     verdict = "can be chance" if abs(gained) <= noise else "is more than chance"
     return (
-        f"That is {size} than {name} ({theirs['accuracy']:.2%}, {points(gained)}); with this many images a difference "
-        f"of up to {100 * noise:.2f} points can be chance, so this one {verdict}."
+        f"It gets {size} right than {name} ({theirs['accuracy']:.2%}, {points(gained)}); with this many images a "
+        f"difference of up to {100 * noise:.2f} points can be chance, so this one {verdict}."
     )
 
 
@@ -180,6 +190,10 @@ def trusted(run: Run) -> list[tuple[bool, str]]:
     found.append((True, "Test images were used once, after everything was decided; weights were chosen on others."))
     if contest["is_noisy"]:
         found.append((False, "The machine was busy while forms were timed, so a safer form was kept; measure again."))
+    if run.is_noisy:
+        found.append((False, "Times varied widely: the pruned network, which does the dense one's work, came out at "
+                      f"{results['networks']['pruned']['latency_ratio']:.2f} of its time. Measure again when nothing "
+                      "else runs."))  # fmt: skip
     found.append((True, f"Times are medians of interleaved rounds on one machine: {results['latency']}."))
     seed = f"This is one training run with one seed ({arguments['seed']}); another one comes out a little different."
     found.append((False, seed))
@@ -200,7 +214,7 @@ def decided(run: Run) -> str:
     if not learned or groups < 2:
         return ""
     last, whole = learned[-1]["entropy"], math.log(groups)
-    how = "had decided" if last < 0.1 * whole else "had mostly decided" if last < 0.5 * whole else "were undecided"
+    how = "had decided" if last < 0.1 * whole else "had mostly decided" if last < 0.5 * whole else "had hardly decided"
     return (
         f"When learning ended, filters {how} which group they belong to: the mean entropy of a filter's probabilities "
         f"was {last:.3f} nats, {last / whole:.0%} of log {groups} = {whole:.3f}, which is no preference at all."
