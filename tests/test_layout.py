@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"config", "errors", "plans", "plots"},
+    {"config", "errors", "plan", "plans", "plots"},
     {"method", "kernels", "ranks"},
     {"graph", "modules", "norms", "forms", "grouped", "native"},
     {"passes"},

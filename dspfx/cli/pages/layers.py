@@ -45,7 +45,7 @@ def layers(run: Run) -> Html:
     caption = "Layers with groups: what is left, and the form that each was lowered to"
     return join([
         tag("p", note, class_="note"),
-        Html("<noscript><p>The pictures need JavaScript; the groups are in the table too.</p></noscript>"),
+        tag("p", "The pictures need JavaScript; the groups are in the table too.", id="no-script", class_="note"),
         table(caption, heads, rows, numbers=(2, 5, 7), wide=(2, 3, 5, 6, 7), attributes=own),
     ])  # fmt: skip
 

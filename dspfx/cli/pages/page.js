@@ -1,6 +1,7 @@
 "use strict";
 // The structure pictures: rows are filters, columns are input channels. Everything else works without this script.
 const layers = JSON.parse(document.getElementById("structures").textContent);
+document.getElementById("no-script")?.remove();
 const COLOURS = ["#2b7bba", "#e08a1e", "#2a9d6f", "#c4526f", "#8a63d2", "#37a8c4", "#a9a018", "#9c5b33"];
 const DEAD = "rgba(128, 132, 130, .45)";
 const colour = (group) => group < COLOURS.length ? COLOURS[group] : `hsl(${(group * 137.5) % 360} 55% 50%)`;
