@@ -39,7 +39,7 @@ def plot_shares(names: Sequence[str], shares: Sequence[float], whole: float, ax:
 
 
 def plot_tradeoff(
-    results: Mapping[str, Iterable[Point]] | Iterable[Point],
+    results: Mapping[str, Iterable[Point] | str | PathLike[str]] | Iterable[Point],
     against: Literal["flops", "latency"] = "flops",
     ax: Axes | None = None,
 ) -> Axes:

@@ -18,6 +18,7 @@ def compress(arguments: dict[str, Any], device: str, threads: int, processes: in
     """
     start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
     words = [*start, "-m", "dspfx", "compress"]
+    arguments = arguments | {name: value for name, value in DEFAULTS.items() if name not in arguments}  # of old runs
     usual = _usual(arguments)
     for name, value in arguments.items():
         value = list(value) if isinstance(value, tuple) else value

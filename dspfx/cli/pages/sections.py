@@ -81,7 +81,7 @@ def networks(run: Run) -> Html:
 def lowering(run: Run) -> Html:
     """The contest between forms of the whole network."""
     contest: dict[str, Any] = run.results["contest"]
-    expected = contest["expected_ms"]
+    expected = contest.get("expected_ms", {})
     rows = [
         (
             join([name, tag("small", "chosen", class_="good")]) if name == contest["winner"] else name,
@@ -97,8 +97,8 @@ def lowering(run: Run) -> Html:
         "Each form computes the same network. They were timed against each other in interleaved rounds; a later one "
         "had to beat the safer ones before it by 3%. Expected is the sum over layers from the machine's table of layer "
         "times, so it leaves out everything between them.",
-        *contest["notes"],
-        f"Timed on: {contest['setting']}.",
+        *contest.get("notes", ()),
+        f"Timed on: {contest.get('setting') or run.results['latency']}.",
     ]
     if contest["winner"] == "native kernels":
         text.append(
@@ -148,7 +148,7 @@ def again(run: Run) -> Html:
         "# in the folder of this page",
         "python -m dspfx verify .",
         "python -m dspfx profile network.safetensors",
-        f"python -m dspfx benchmark network.safetensors --runtime {shlex.quote(str(arguments['runtime']))}",
+        f"python -m dspfx benchmark network.safetensors --runtime {shlex.quote(str(arguments.get('runtime', 'eager')))}",
         "python -m dspfx report .",
     ]
     load = 'import dspfx\nnetwork = dspfx.load("network.safetensors")'
