@@ -141,6 +141,7 @@ def again(run: Run) -> Html:
     results = run.results
     machine, arguments = results["machine"], results["arguments"]
     device = "cpu" if machine["device"] == "cpu" else "cuda"
+    runtime = shlex.quote(str(arguments.get("runtime", "eager")))
     words_ = results.get("command") or commands.compress(arguments, device, machine["threads"])
     lines = [
         "# in the folder where the run was started (paths are as they were given)",
@@ -148,7 +149,7 @@ def again(run: Run) -> Html:
         "# in the folder of this page",
         "python -m dspfx verify .",
         "python -m dspfx profile network.safetensors",
-        f"python -m dspfx benchmark network.safetensors --runtime {shlex.quote(str(arguments.get('runtime', 'eager')))}",
+        f"python -m dspfx benchmark network.safetensors --runtime {runtime}",
         "python -m dspfx report .",
     ]
     load = 'import dspfx\nnetwork = dspfx.load("network.safetensors")'
