@@ -37,7 +37,7 @@ def training(run: Run) -> Html:
         ]
         figures.append(chart(title, lines, bands, show, is_log=what == "loss"))
     learned = curves.get("learn", [])
-    groups = run.results["arguments"]["groups"]
+    groups = run.results["arguments"].get("groups", 1)
     level = (math.log(groups), f"undecided: log {groups}") if groups > 1 else None
     for key, title in LEARNED.items():
         points = [(float(i + 1), epoch[key]) for i, epoch in enumerate(learned) if key in epoch]
