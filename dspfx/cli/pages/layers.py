@@ -53,7 +53,8 @@ def layers(run: Run) -> Html:
 def bar(layer: Layer) -> Html:
     """The share that is left, as a number and as a bar."""
     fill = tag("span", style=f"width:{100 * min(max(layer.left, 0), 1):.1f}%")
-    return join([tag("span", fill, class_="bar", aria_hidden="true"), tag("span", f"{layer.left:.1%}", class_="share")])
+    number = tag("span", f"{layer.left:.1%}", class_="share")
+    return tag("span", tag("span", fill, class_="bar", aria_hidden="true"), number, class_="left")
 
 
 def forms(run: Run) -> Html:

@@ -46,6 +46,13 @@ def smallest(run: Run) -> dict[str, Any]:
     return networks.get("compressed", networks["lowered"])
 
 
+def is_untrained(run: Run) -> bool:
+    """True where the dense network has random weights, and no control was trained to compare with."""
+    arguments = run.results["arguments"]
+    trained = arguments.get("fork"), arguments.get("checkpoint"), arguments.get("epochs_dense")
+    return not any(trained) and "control" not in run.results["networks"]
+
+
 def rival(run: Run) -> tuple[dict[str, Any], str]:
     """(the score to compare with, whose it is): where there is one, of the dense network that trained as long."""
     networks = run.results["networks"]
@@ -71,6 +78,8 @@ def headline(run: Run) -> str:
 
 def _gain(run: Run) -> str:
     ours, (theirs, who) = run.results["networks"]["lowered"]["test"], rival(run)
+    if is_untrained(run):
+        return "and no accuracy to compare, since the dense network was never trained"
     gained = ours["accuracy"] - theirs["accuracy"]
     to_whom = "" if who == "dense" else f" to {who}"
     if gained == 0:
@@ -141,7 +150,9 @@ def _size(run: Run) -> str:
     file = "compressed.safetensors" if "compressed" in run.results["networks"] else "network.safetensors"
     share = row["file_bytes"] / dense["file_bytes"]
     sizes = f"{show_bytes(row['file_bytes'])} instead of {show_bytes(dense['file_bytes'])} ({share:.0%})"
-    return f"Size: {file} takes {sizes}." if share < 1 - NOTHING else f"Size: nothing; {file} takes {sizes}."
+    if share < 1 - NOTHING:
+        return f"Size: {file} takes {sizes}."
+    return f"Size: nothing; {file} takes {sizes}. It stores zeros, too; dspfx.write_compressed leaves them out."
 
 
 def _accuracy(run: Run) -> list[str]:
@@ -199,7 +210,7 @@ def trusted(run: Run) -> list[tuple[bool, str]]:
     found.append((False, seed))
     if arguments.get("limit_train") is not None:
         found.append((False, f"Only {arguments['limit_train']:,} training images were used (--limit-train)."))
-    if arguments.get("fork") is None and not arguments.get("checkpoint") and not arguments.get("epochs_dense"):
+    if is_untrained(run):
         found.append((False, "The dense network in these tables was never trained: its accuracy means nothing."))
     images = results["networks"]["dense"]["test"]["images"]
     if images < FEW:

@@ -149,6 +149,12 @@ def test_accuracy_is_compared_with_a_dense_network_that_trained_as_long(tmp_path
     assert "It gets 70 images fewer right than the dense network that trained for as many epochs (97.00%" in said
 
 
+def test_an_untrained_dense_network_is_no_one_to_compare_with(tmp_path: Path) -> None:
+    said = words(page(make_run(tmp_path, {"arguments": results()["arguments"] | {"epochs_dense": 0}})))
+    assert "25% of its bytes, and no accuracy to compare, since the dense network was never trained." in said
+    assert "Mind: The dense network in these tables was never trained: its accuracy means nothing." in said
+
+
 def test_old_runs_have_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
     out = make_run(tmp_path)
     content = results()
