@@ -13,6 +13,7 @@ from dspfx.estimate import estimate
 from dspfx.graph.ops import register_rule
 from dspfx.learner import GroupLearner
 from dspfx.pipeline import lower, prepare, prune
+from dspfx.plots import plot_tradeoff
 from dspfx.profiler import profile
 from dspfx.remap import remap_ema, remap_optimizer
 from dspfx.selfcheck import selfcheck
@@ -40,6 +41,7 @@ __all__ = [
     "export_pt2",
     "load",
     "lower",
+    "plot_tradeoff",
     "prepare",
     "profile",
     "prune",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dspfx import ranks
-from dspfx.cli import benchmark, compress, estimate, export, profile, sizes, verify
+from dspfx.cli import benchmark, compress, estimate, export, pages, profile, sizes, verify
 from dspfx.errors import DspfxError
 
 EPILOG = """\
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (compress, profile, sizes, benchmark, estimate, export, verify):
+    for command in (compress, profile, sizes, benchmark, estimate, export, verify, pages):
         command.register(commands)
     return parser
 

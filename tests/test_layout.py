@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"config", "errors", "plans"},
+    {"config", "errors", "plan", "plans", "plots"},
     {"method", "kernels", "ranks"},
     {"graph", "modules", "norms", "forms", "grouped", "native", "kernel_conv", "held"},
     {"passes"},

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
-DATA = ("dspfx/py.typed", "dspfx/kernels/native.cpp")
+PAGES = ("dspfx/cli/pages/page.css", "dspfx/cli/pages/page.js")
+DATA = ("dspfx/py.typed", "dspfx/kernels/native.cpp", *PAGES)
 
 
 def _run(*command: str, cwd: Path) -> str:

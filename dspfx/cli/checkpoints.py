@@ -17,7 +17,7 @@ from dspfx.errors import ConfigError, StorageError
 
 SETTINGS_FILE = "settings.json"
 # What a killed run may leave behind: of `write_atomically`, and of dspfx.save.
-LEFTOVERS = ("*.json.part", "*.safetensors.part", ".*.safetensors.*.part", "checkpoints/*.pt.part")
+LEFTOVERS = ("*.json.part", "*.html.part", "*.safetensors.part", ".*.safetensors.*.part", "checkpoints/*.pt.part")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 import dspfx
 from dspfx import ranks
-from dspfx.cli import dry_run, forks, models, report
+from dspfx.cli import dry_run, forks, models, pages, report
 from dspfx.cli.arguments import DEFAULTS, add_arguments
 from dspfx.cli.checkpoints import claim_folder, load_state, save_state, write_atomically, write_text
 from dspfx.cli.data import Data, load_data
@@ -24,6 +24,7 @@ from dspfx.cli.scoring import evaluate, recalibrate, say
 from dspfx.cli.training import Progress, Trainer
 from dspfx.cli.unifying import compressed, unify
 from dspfx.config import Budget
+from dspfx.coverage import Coverage
 from dspfx.deploy.benchmark import Results
 from dspfx.deploy.compete import Contest
 from dspfx.errors import ConfigError, MismatchError
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
 def _run(settings: Settings, machine: Machine, out: Path) -> None:
     checkpoints = claim_folder(out, settings.flat(), DEFAULTS)
     if (out / report.FILE).exists():
+        if not (out / pages.FILE).exists():  # it was killed right before, or is of an older dspfx
+            pages.write(out)
         say(f"This run is finished; give another --out to run again.\n{report.show(out)}")
         return
     if settings.fork is not None:
@@ -86,7 +89,7 @@ def _run(settings: Settings, machine: Machine, out: Path) -> None:
     if settings.checkpoint is not None:
         models.load_checkpoint(dense, Path(settings.checkpoint))
     dense.to(machine.device)
-    rehearse(dense, example, single, settings, trainer)
+    coverage = rehearse(dense, example, single, settings, trainer)
     curves = {"dense": train_dense(dense, settings, trainer)}
     gm = dspfx.prepare(dense, example, settings.gates)
     curves["learn"] = learn(gm, settings, trainer)
@@ -99,28 +102,31 @@ def _run(settings: Settings, machine: Machine, out: Path) -> None:
     if ranks.rank() == 0:
         with ranks.alone():
             small, contest = lower(gm, single, settings)
-            check_equal(gm, small, example)
+            difference = check_equal(gm, small, example)
             write_text(out / "plan.json", plan.to_json())
             networks = {"dense": dense, "pruned": gm, "lowered": small, **controls}
             if settings.is_unified:
                 write_text(out / "unify_plan.json", unified.to_json())
                 networks["compressed"] = compressed(gm, dense, settings, out / "compressed.safetensors")
             measured = measure(networks, data, single, plan, settings, out)
-            report.write(out, settings, machine, plan, measured, contest, {n: p.curve for n, p in curves.items()})
+            found = report.Findings(plan, measured, contest, coverage, difference)
+            report.write(out, settings, machine, found, {n: p.curve for n, p in curves.items()})
+            pages.write(out)
     ranks.wait()
     say("\n" + report.show(out))
 
 
-def rehearse(dense: nn.Module, example: Tensor, single: Tensor, settings: Settings, trainer: Trainer) -> None:
-    """Prints what can be gated; whatever prepare, GroupLearner, prune or the runtime refuse ends the run here.
+def rehearse(dense: nn.Module, example: Tensor, single: Tensor, settings: Settings, trainer: Trainer) -> Coverage:
+    """Prints and returns what can be gated; whatever prepare, GroupLearner, prune or the runtime refuse ends it here.
 
     A run that has checkpoints came through this before it made them, and measures no latency again.
     """
     gm = dspfx.prepare(dense, example, settings.gates)
-    say(str(dspfx.coverage(gm)))
+    coverage = dspfx.coverage(gm)
+    say(str(coverage))
     make_learner(gm, trainer.optimizer(gm), 1, settings).close()
     if any(trainer.folder.iterdir()):
-        return
+        return coverage
     latency = settings.budget.latency
     if latency is not None:
         say(
@@ -132,6 +138,7 @@ def rehearse(dense: nn.Module, example: Tensor, single: Tensor, settings: Settin
         say(f"It can: {plan.latency_left:.1%} was measured, with {plan.flops_left:.1%} of the FLOPs.")
     if ranks.rank() == 0:
         time_together({"dense": dense, "pruned": gm}, single, settings, rounds=2)
+    return coverage
 
 
 def make_learner(gm: nn.Module, optimizer: SGD, steps: int, settings: Settings) -> dspfx.GroupLearner:
@@ -226,8 +233,11 @@ def lower(gm: nn.Module, single: Tensor, settings: Settings) -> tuple[nn.Module,
 
 
 @torch.no_grad()
-def check_equal(gm: nn.Module, small: nn.Module, example: Tensor) -> None:
-    """Raises MismatchError where the lowered network answers otherwise than the pruned one."""
+def check_equal(gm: nn.Module, small: nn.Module, example: Tensor) -> float:
+    """The largest difference of the outputs of both, of their scale.
+
+    Raises MismatchError where the lowered network answers otherwise than the pruned one.
+    """
     gm.eval()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected, found = gm(example), small(example)
@@ -238,6 +248,7 @@ def check_equal(gm: nn.Module, small: nn.Module, example: Tensor) -> None:
             f"The lowered network differs from the pruned one by {error:.1e} of the output's scale, allowed is "
             f"{TOLERANCE:.0e}; please report this with the command, the checkpoints in --out hold the pruned network."
         )
+    return error
 
 
 def time_together(networks: dict[str, nn.Module], single: Tensor, settings: Settings, rounds: int = 30) -> Results:
@@ -274,6 +285,7 @@ def measure(
                 file_bytes=files[name].stat().st_size,
                 latency_ms=timing[name].median_ms,
                 latency_ratio=timing[name].ratio,
+                latency_spread=timing[name].spread,
             )
         )
     return report.Measured(rows, timing.setting)

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from dspfx.cli import record
+from dspfx import ranks
+from dspfx.cli import commands, record
 from dspfx.cli.checkpoints import read_json, write_text
 from dspfx.cli.machine import Machine
 from dspfx.cli.options import Settings
 from dspfx.cli.scoring import Score
+from dspfx.coverage import Coverage
 from dspfx.deploy.compete import Contest
 from dspfx.deploy.runtimes import describe_runtime
 from dspfx.plans import PrunePlan
@@ -35,6 +37,7 @@ class Row:
         flops, params: what PyTorch executes for one image, and the parameters it stores.
         file_bytes: on disk.
         latency_ms, latency_ratio: at batch 1, and over that of the dense network.
+        latency_spread: the interquartile range of that ratio over rounds.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Row:
     file_bytes: int
     latency_ms: float
     latency_ratio: float
+    latency_spread: float
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,36 @@ class Measured:
     setting: str
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What came out of a run.
+
+    Attributes:
+        plan: what is left.
+        measured: every network, measured.
+        contest: which form of the pruned network was chosen, and how.
+        coverage: what could be gated, and why not the rest.
+        difference: of the lowered network's output from the pruned one's, the largest, of the output's scale.
+    """
+
+    plan: PrunePlan
+    measured: Measured
+    contest: Contest
+    coverage: Coverage
+    difference: float
+
+
 def write(
-    out: Path,
-    settings: Settings,
-    machine: Machine,
-    plan: PrunePlan,
-    measured: Measured,
-    contest: Contest,
-    curves: dict[str, list[dict[str, float]]],
+    out: Path, settings: Settings, machine: Machine, found: Findings, curves: dict[str, list[dict[str, float]]]
 ) -> None:
     """Writes results.json, whose presence says that the run is finished."""
+    plan, measured = found.plan, found.measured
+    threads = torch.get_num_threads()
     content = {
+        "command": commands.compress(settings.flat(), machine.device.type, threads, ranks.count()),
         "arguments": settings.flat(),
         "versions": record.versions(),
-        "machine": record.describe_machine(machine.device, torch.get_num_threads()),
+        "machine": record.describe_machine(machine.device, threads),
         "networks": {row.name: asdict(row) for row in measured.rows},
         "left": {
             "flops": plan.flops_left,
@@ -79,7 +99,9 @@ def write(
         },
         "runtime": describe_runtime(settings.runtime),
         "latency": measured.setting,
-        "contest": asdict(contest),
+        "contest": asdict(found.contest),
+        "coverage": asdict(found.coverage),
+        "difference": found.difference,
         "curves": curves,
     }
     write_text(out / FILE, json.dumps(content, indent=1))
@@ -111,7 +133,8 @@ def show(out: Path) -> str:
         "executed and stored: in PyTorch.",
         f"Latency: {content['latency']}.",
         f"Lowered: {contest['winner']}, of {len(contest['results'])} forms of the network that were timed there.",
-        f"The network is {out / 'network.safetensors'} (for dspfx.load), all numbers are in {out / FILE}.",
+        f"The network is {out / 'network.safetensors'} (for dspfx.load), all numbers are in {out / FILE}, and "
+        f"{out / 'report.html'} shows them.",
     ]
     if content["arguments"].get("fork") is not None:
         notes.insert(1, f"The dense and the learned network are those of {content['arguments']['fork']} (--fork).")

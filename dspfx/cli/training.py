@@ -169,6 +169,7 @@ class Trainer:
                 "val_loss": scored.loss,
                 "val_accuracy": scored.accuracy,
                 "seconds": seconds,
+                **_learned(learner),
             }
         )
         if stage.keep == "best" and (scored.accuracy, -scored.loss) > progress.best:
@@ -230,3 +231,10 @@ class Trainer:
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+
+
+def _learned(learner: Companion | None) -> dict[str, float]:
+    """What a GroupLearner says of itself at the end of an epoch, as far as it is a number yet."""
+    if not isinstance(learner, dspfx.GroupLearner):
+        return {}
+    return {name: value for name, value in learner.stats().items() if name != "steps" and math.isfinite(value)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ from torch import nn
 import dspfx
 from dspfx.__main__ import main
 from dspfx.cli import compress, models
+from dspfx.cli.arguments import add_arguments
 from dspfx.cli.data import DataConfig, load_data
+from dspfx.cli.options import read_settings
 from dspfx.config import Inputs
 from dspfx.deploy.costs import MEASURED_IN
 from dspfx.deploy.runtimes import RUNTIMES, Runtime
@@ -55,6 +59,35 @@ def test_results_hold_every_network_and_epoch(finished: Path) -> None:
         assert row["latency_ms"] > 0
     assert results["networks"]["lowered"]["test"] == pytest.approx(results["networks"]["pruned"]["test"], abs=0.003)
     assert results["networks"]["lowered"]["flops"] < results["networks"]["dense"]["flops"]
+
+
+def test_results_hold_what_the_page_shows(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, text = read(finished), (finished / "report.html").read_text()
+    assert [0 < epoch["entropy"] <= math.log(4) for epoch in results["curves"]["learn"]] == [True] * 3
+    assert {"penalty", "hypergradient"} <= set(results["curves"]["learn"][0])
+    assert "entropy" not in results["curves"]["tune"][0]
+    skipped = [layer["name"] for layer in results["coverage"]["plan"]["skipped"]]
+    assert skipped == ["conv1", "linear"]
+    assert results["coverage"]["pins"][0]["reason"] == "it is an output of the model"
+    assert 0 <= results["difference"] <= compress.TOLERANCE
+    assert results["networks"]["lowered"]["latency_spread"] >= 0
+    assert "What this page cannot show" not in text
+    assert str(finished) not in text
+    (finished / "report.html").unlink()
+    assert main(command(finished)) == 0  # finished, but for the page
+    assert (finished / "report.html").read_text() == text
+    assert f"{finished / 'report.html'} shows them." in capsys.readouterr().out
+
+
+def test_the_command_of_a_run_is_the_run(finished: Path, tmp_path: Path) -> None:
+    results = read(finished)
+    words = results["command"]
+    assert words[:4] == ["python", "-m", "dspfx", "compress"]
+    assert words[-4:] == ["--device", "cpu", "--threads", "1"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    settings = read_settings(parser.parse_args([*words[4:], "--out", str(tmp_path)]))
+    assert json.loads(json.dumps(settings.flat())) == results["arguments"]
 
 
 def test_results_name_the_runtime_and_what_was_compared_there(
