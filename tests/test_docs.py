@@ -1,0 +1,141 @@
+"""The site's pages: their Python runs, their commands parse, their names exist, their pictures are the script's.
+
+A page's blocks of ```python run in order, in one namespace and an empty folder. What a reader has and the page does not
+show stands in comments that run in their place among the blocks, and a page that needs more than torch says so:
+
+    <!-- run
+    model = nn.Conv2d(3, 8, 3)
+    -->
+    <!-- needs onnxruntime openvino -->
+
+`docs/training.md` is run section by section by tests/integrations/test_training_page.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+import dspfx
+from dspfx import __main__
+from dspfx.graph.ops import RULES
+from tools import make_pictures
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {page.stem: page for page in sorted(DOCS.glob("*.md"))}
+BLOCK = re.compile(r"^(?:```python\n(?P<shown>.*?)^```|<!-- run\n(?P<hidden>.*?)^-->)", re.DOTALL | re.MULTILINE)
+RUN_ELSEWHERE = {"training"}
+OBJECTS = re.compile(r"\bdspfx((?:\.[A-Za-z]\w*)+)")
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """(line, code) of everything that a page runs."""
+    text = page.read_text()
+    found = []
+    for match in BLOCK.finditer(text):
+        kind = "shown" if match["shown"] is not None else "hidden"
+        found.append((text.count("\n", 0, match.start(kind)), match[kind]))
+    return found
+
+
+WITH_CODE = [name for name, page in PAGES.items() if blocks(page) and name not in RUN_ELSEWHERE]
+
+
+def test_every_page_is_known() -> None:
+    assert set(WITH_CODE) == {"deployment", "faster", "format", "index", "tensorrt", "tracing"}
+    for page in PAGES.values():
+        assert page.read_text().count("```python\n") == sum("```" not in code for _, code in blocks(page)) - (
+            page.read_text().count("<!-- run\n")
+        ), page.name
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_its_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = PAGES[name]
+    for package in " ".join(re.findall(r"<!-- needs (.*) -->", page.read_text())).split():
+        pytest.importorskip(package, reason=f"docs/{page.name} needs {package}")
+    monkeypatch.chdir(tmp_path)
+    before = dict(RULES)
+    names: dict[str, Any] = {"__name__": "page"}
+    try:
+        for line, code in blocks(page):
+            exec(compile("\n" * line + code, str(page), "exec"), names)
+    finally:
+        RULES.clear()
+        RULES.update(before)
+    shown = [code for _, code in blocks(page) if "dspfx." in code]
+    assert shown
+    assert "dspfx" in names
+
+
+class Parsed(Exception):
+    """The command line was understood; nothing is run."""
+
+
+def commands(text: str) -> list[str]:
+    """Every `python -m dspfx ...` of a page, in indented lines and between backticks."""
+    lines = re.sub(r"\\\n\s*", " ", text)
+    found = re.findall(r"^ {4,}((?:[A-Z_]+=\S+ )*python -m dspfx .*)$", lines, re.MULTILINE)
+    found += [" ".join(command.split()) for command in re.findall(r"`(python -m dspfx [^`]*)`", text)]
+    return [command for command in found if "..." not in command]
+
+
+@pytest.mark.parametrize("page", [*PAGES.values(), ROOT / "README.md"], ids=lambda page: page.name)
+def test_its_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> NoReturn:
+        raise Parsed(parse(parser, args, namespace))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    known = {"compress", "profile", "sizes", "benchmark", "estimate", "export", "verify", "report"}
+    for command in commands(page.read_text()):
+        words = shlex.split(command, comments=True)
+        arguments = words[words.index("dspfx") + 1 :]
+        assert arguments[0] in known, command
+        if len(arguments) == 1 or "--help" in arguments:
+            continue  # the name of a command
+        try:
+            with pytest.raises(Parsed):
+                __main__.main(arguments)
+        except SystemExit:
+            pytest.fail(f"{page.name}: `{command}` is not understood")
+
+
+def test_commands_are_found() -> None:
+    found = {page.name: len(commands(page.read_text())) for page in PAGES.values()}
+    assert found["deployment.md"] == 2
+    assert found["index.md"] >= 1
+    assert commands("`python -m dspfx\ncompress ...`\n\n    python -m dspfx sizes a \\\n        --x b  # why\n") == [
+        "python -m dspfx sizes a --x b  # why"
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=lambda page: page.name)
+def test_every_name_exists(page: Path) -> None:
+    text = re.sub(r"`dspfx\.(?:plan|precision|batches|compared|max_error|tolerance|nesting|version|json|kernels)`", "", page.read_text())
+    for dotted in sorted(set(OBJECTS.findall(text))):
+        path = dotted.strip(".").split(".")
+        if path[0] in {"safetensors", "py", "json"}:
+            continue
+        owner: Any = dspfx
+        for depth, part in enumerate(path):
+            if not hasattr(owner, part):
+                importlib.import_module(".".join(["dspfx", *path[: depth + 1]]))
+            owner = getattr(owner, part)
+        assert len(path) > 1 or path[0] in dspfx.__all__ or path[0] in {"errors", "deploy", "integrations"}, dotted
+
+
+def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
+    make_pictures.main(["--out", str(tmp_path)])
+    drawn = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert drawn == {file.name: file.read_text() for file in (DOCS / "pictures").iterdir()}
+    assert drawn.keys() == set(re.findall(r"\(pictures/(\w+\.svg)\)", "".join(p.read_text() for p in PAGES.values())))
