@@ -82,7 +82,7 @@ class Parsed(Exception):
 
 def commands(text: str) -> list[str]:
     """Every `python -m dspfx ...` of a page, in indented lines and between backticks."""
-    lines = re.sub(r"\\\n\s*", " ", text)
+    lines = re.sub(r"\s*\\\n\s*", " ", text)
     found = re.findall(r"^ {4,}((?:[A-Z_]+=\S+ )*python -m dspfx .*)$", lines, re.MULTILINE)
     found += [" ".join(command.split()) for command in re.findall(r"`(python -m dspfx [^`]*)`", text)]
     return [command for command in found if "..." not in command]
@@ -121,7 +121,11 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=lambda page: page.name)
 def test_every_name_exists(page: Path) -> None:
-    text = re.sub(r"`dspfx\.(?:plan|precision|batches|compared|max_error|tolerance|nesting|version|json|kernels)`", "", page.read_text())
+    text = re.sub(
+        r"`dspfx\.(?:plan|precision|batches|compared|max_error|tolerance|nesting|version|json|kernels)`",
+        "",
+        page.read_text(),
+    )
     for dotted in sorted(set(OBJECTS.findall(text))):
         path = dotted.strip(".").split(".")
         if path[0] in {"safetensors", "py", "json"}:

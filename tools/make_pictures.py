@@ -1,4 +1,4 @@
-"""`python tools/make_pictures.py` draws docs/pictures/*.svg from plans of a small residual network; the same every time."""
+"""`python tools/make_pictures.py` draws docs/pictures/*.svg from plans of a small residual network."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class Svg:
     def __init__(self, width: float, height: float, title: str) -> None:
         self.size, self.title, self.shapes = (width, height), title, list[str]()
 
-    def rect(self, x: float, y: float, width: float, height: float, fill: str, line: str = "none", r: float = 0) -> None:
+    def rect(
+        self, x: float, y: float, width: float, height: float, fill: str, line: str = "none", r: float = 0
+    ) -> None:
         box = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
         self.shapes.append(f'<rect {box} rx="{r:g}" fill="{fill}" stroke="{line}"/>')
 
@@ -89,9 +91,17 @@ class Svg:
         return "\n".join([head, f"<title>{self.title}</title>", ground, *self.shapes, "</svg>", ""])
 
 
-def matrix(svg: Svg, x: float, y: float, rows: Sequence[int], columns: Sequence[int], groups: Iterable[Group]) -> None:
+def matrix(
+    svg: Svg,
+    x: float,
+    y: float,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    groups: Iterable[Group],
+    fill: str = FAINT,
+) -> None:
     """Filters as rows and channels as columns; what a group holds has its colour."""
-    svg.rect(x, y, CELL * len(columns), CELL * len(rows), FAINT, GREY)
+    svg.rect(x, y, CELL * len(columns), CELL * len(rows), fill, GREY)
     for colour, group in zip(COLOURS, groups, strict=False):
         for filter_ in group.filters:
             for channel in group.channels:
@@ -117,7 +127,12 @@ def draw_groups(layer: PrunedLayer) -> Svg:
     rows, columns = list(range(layer.out_channels)), list(range(layer.in_channels))
     by_group = [f for group in layer.groups for f in group.filters]
     by_group += [f for f in rows if f not in by_group]
-    panels = ("dense: filters x channels", "pruned: each group its channels", "filters sorted by group", "small dense ones")
+    panels = (
+        "dense: filters x channels",
+        "pruned: each group its channels",
+        "filters sorted by group",
+        "small dense ones",
+    )
     for index, title in enumerate(panels):
         svg.text(20 + 190 * index + 80, 30, title)
     svg.rect(20, 45, CELL * len(columns), CELL * len(rows), GREY, LINE)
@@ -132,18 +147,15 @@ def draw_groups(layer: PrunedLayer) -> Svg:
     return svg
 
 
-def draw_network(pruned: PrunePlan, lowered: LowerPlan) -> Svg:
+def draw_network(model: nn.Module, pruned: PrunePlan, lowered: LowerPlan) -> Svg:
     """Every layer as a rectangle, filters wide and channels high: dense, and what is left."""
-    svg = Svg(780, 220, "Widths of the network, dense and pruned")
-    left = {layer.name: layer for layer in pruned.layers}
-    x = 24.0
+    svg, x, scale = Svg(780, 220, "Widths of the network, dense and pruned"), 24.0, 2.9
     for layer in lowered.layers:
-        dense = left[layer.name] if layer.name in left else None
-        filters = dense.out_channels if dense else len(layer.filters)
-        channels = dense.in_channels if dense else 32
-        scale = 2.6
+        filters, channels = model.get_parameter(f"{layer.name}.weight").shape[:2]
         svg.rect(x, 160 - scale * channels, scale * filters, scale * channels, GREY)
-        svg.rect(x, 160 - scale * len(layer.channels), scale * len(layer.filters), scale * len(layer.channels), COLOURS[0])
+        svg.rect(
+            x, 160 - scale * len(layer.channels), scale * len(layer.filters), scale * len(layer.channels), COLOURS[0]
+        )
         middle = x + scale * filters / 2
         svg.text(middle, 178, layer.name.removesuffix(".0"), 11)
         svg.text(middle, 193, f"{layer.macs_left / layer.macs:.0%}", 11, fill=LINE)
@@ -170,8 +182,7 @@ def draw_forms(layer: PrunedLayer) -> Svg:
         svg.text(x + 80, 30, form, 13)
         svg.text(x + 80, 246, f"{count} pairs", 11, fill=LINE)
         if form == "dense":
-            svg.rect(x, 45, CELL * len(columns), CELL * len(rows), GREY)
-            matrix(svg, x, 45, rows, columns, layer.groups)
+            matrix(svg, x, 45, rows, columns, layer.groups, GREY)
         elif form == "native":
             matrix(svg, x, 45, rows, columns, layer.groups)
         else:
@@ -179,7 +190,7 @@ def draw_forms(layer: PrunedLayer) -> Svg:
     return svg
 
 
-def draw_steps(gated: tuple[int, int], pruned: PrunePlan, lowered: LowerPlan) -> Svg:
+def draw_steps(gated: tuple[int, int], pruned: PrunePlan) -> Svg:
     """The way from a model to a file, with what the plans of this network say."""
     svg = Svg(780, 110, "prepare, learn, prune, fine-tune, lower, deploy")
     steps = (
@@ -187,7 +198,7 @@ def draw_steps(gated: tuple[int, int], pruned: PrunePlan, lowered: LowerPlan) ->
         ("learn", "your loop"),
         ("prune", f"{pruned.flops_left:.0%} left"),
         ("fine-tune", "your loop"),
-        ("lower", f"{lowered.flops_run:.0%} run"),
+        ("lower", "plain torch"),
         ("deploy", "one file"),
     )
     for index, (step, what) in enumerate(steps):
@@ -205,16 +216,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "pictures")
     out = parser.parse_args(argv).out
-    gm = dspfx.prepare(trained(), torch.zeros(1, 3, 32, 32))
+    model = trained()
+    gm = dspfx.prepare(model, torch.zeros(1, 3, 32, 32))
     gates = dspfx.coverage(gm).plan
     pruned = dspfx.prune(gm, dspfx.Budget(flops=0.35), "l2")
     lowered = dspfx.lower(gm).meta["lower_plan"]
     (layer,) = (layer for layer in pruned.layers if layer.name == LAYER)
     pictures = {
         "groups": draw_groups(layer),
-        "network": draw_network(pruned, lowered),
+        "network": draw_network(model, pruned, lowered),
         "forms": draw_forms(layer),
-        "steps": draw_steps((len(gates.layers), len(gates.layers) + len(gates.skipped)), pruned, lowered),
+        "steps": draw_steps((len(gates.layers), len(gates.layers) + len(gates.skipped)), pruned),
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, svg in pictures.items():
