@@ -8,13 +8,14 @@ show stands in comments that run in their place among the blocks, and a page tha
     -->
     <!-- needs onnxruntime openvino -->
 
-`docs/training.md` is run section by section by tests/integrations/test_training_page.py.
+The ```python of docs/training.md is run section by section by tests/integrations/test_training_page.py, its ```py here.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -31,7 +32,12 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {page.stem: page for page in sorted(DOCS.glob("*.md"))}
 BLOCK = re.compile(r"^(?:```python\n(?P<shown>.*?)^```|<!-- run\n(?P<hidden>.*?)^-->)", re.DOTALL | re.MULTILINE)
-RUN_ELSEWHERE = {"training"}
+BLOCK_HERE = re.compile(BLOCK.pattern.replace("```python", "```py"), BLOCK.flags)  # of docs/training.md
+KEYS = {  # of metadata, and a file: no names
+    *("plan", "precision", "batches", "compared", "max_error", "tolerance", "nesting", "version", "json"),
+    "compressed",
+}
+MODULES = {"dspfx", "dspfx.integrations", "dspfx.deploy"}
 OBJECTS = re.compile(r"\bdspfx((?:\.[A-Za-z]\w*)+)")
 
 
@@ -39,21 +45,27 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     """(line, code) of everything that a page runs."""
     text = page.read_text()
     found = []
-    for match in BLOCK.finditer(text):
+    for match in (BLOCK_HERE if page.stem == "training" else BLOCK).finditer(text):
         kind = "shown" if match["shown"] is not None else "hidden"
         found.append((text.count("\n", 0, match.start(kind)), match[kind]))
     return found
 
 
-WITH_CODE = [name for name, page in PAGES.items() if blocks(page) and name not in RUN_ELSEWHERE]
+WITH_CODE = [name for name, page in PAGES.items() if blocks(page)]
 
 
 def test_every_page_is_known() -> None:
-    assert set(WITH_CODE) == {"deployment", "faster", "format", "index", "tensorrt", "tracing"}
-    for page in PAGES.values():
-        assert page.read_text().count("```python\n") == sum("```" not in code for _, code in blocks(page)) - (
-            page.read_text().count("<!-- run\n")
-        ), page.name
+    assert set(WITH_CODE) == {"deployment", "faster", "format", "index", "tensorrt", "tracing", "training"}
+    fences = {(name, kind) for name, page in PAGES.items() for kind in re.findall(r"^```(\w+)", page.read_text(), re.M)}
+    elsewhere = {("training", "python"), ("training", "py"), ("examples", "py"), ("format", "json")}
+    assert fences == {(name, "python") for name in WITH_CODE if name != "training"} | elsewhere
+    for name, page in PAGES.items():
+        opened = len(
+            re.findall(
+                "^(?:```py|<!-- run)$" if name == "training" else "^(?:```python|<!-- run)$", page.read_text(), re.M
+            )
+        )
+        assert opened == len(blocks(page)) or name == "examples", name
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
@@ -119,23 +131,26 @@ def test_commands_are_found() -> None:
     ]
 
 
+def exists(dotted: str) -> bool:
+    """Whether a.b of `dspfx.a.b` is public: a name of dspfx, or something in one of its modules."""
+    module, _, name = f"dspfx.{dotted}".rpartition(".")
+    if module == "dspfx" and name in dspfx.__all__:
+        return True
+    found = importlib.util.find_spec(f"{module}.{name}") if module in MODULES else None
+    return found is not None or hasattr(importlib.import_module(module), name)
+
+
 @pytest.mark.parametrize("page", PAGES.values(), ids=lambda page: page.name)
 def test_every_name_exists(page: Path) -> None:
-    text = re.sub(
-        r"`dspfx\.(?:plan|precision|batches|compared|max_error|tolerance|nesting|version|json|kernels)`",
-        "",
-        page.read_text(),
-    )
-    for dotted in sorted(set(OBJECTS.findall(text))):
-        path = dotted.strip(".").split(".")
-        if path[0] in {"safetensors", "py", "json"}:
-            continue
-        owner: Any = dspfx
-        for depth, part in enumerate(path):
-            if not hasattr(owner, part):
-                importlib.import_module(".".join(["dspfx", *path[: depth + 1]]))
-            owner = getattr(owner, part)
-        assert len(path) > 1 or path[0] in dspfx.__all__ or path[0] in {"errors", "deploy", "integrations"}, dotted
+    names = {dotted.strip(".") for dotted in OBJECTS.findall(page.read_text())} - KEYS
+    assert [name for name in sorted(names) if not exists(name)] == []
+
+
+def test_what_does_not_exist_is_found() -> None:
+    assert not exists("prepared")
+    assert not exists("estimate.Guess")
+    assert exists("estimate.Estimate")
+    assert exists("integrations.lightning")
 
 
 def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
