@@ -57,7 +57,7 @@ WITH_CODE = [name for name, page in PAGES.items() if blocks(page)]
 def test_every_page_is_known() -> None:
     assert set(WITH_CODE) == {"deployment", "faster", "format", "index", "tensorrt", "tracing", "training"}
     fences = {(name, kind) for name, page in PAGES.items() for kind in re.findall(r"^```(\w+)", page.read_text(), re.M)}
-    elsewhere = {("training", "python"), ("training", "py"), ("examples", "py"), ("format", "json")}
+    elsewhere = {("training", "python"), ("training", "py"), ("format", "json")}
     assert fences == {(name, "python") for name in WITH_CODE if name != "training"} | elsewhere
     for name, page in PAGES.items():
         opened = len(
@@ -65,7 +65,7 @@ def test_every_page_is_known() -> None:
                 "^(?:```py|<!-- run)$" if name == "training" else "^(?:```python|<!-- run)$", page.read_text(), re.M
             )
         )
-        assert opened == len(blocks(page)) or name == "examples", name
+        assert opened == len(blocks(page)), name
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
