@@ -2,6 +2,7 @@
 #   make test                   install, then check: style, types, tests
 #   make demo                   install, then compress a ResNet20 on scikit-learn's digits, about two minutes on two cores
 #   make coverage               every torchvision model and one of each of timm's files into docs/coverage.md, an hour
+#   make docs                   the documentation site into build/site; a dead link is an error
 #   make format                 write the style that `make check` asks for
 #   make test VENV=/some/venv PYTHON=python3.12
 
@@ -9,11 +10,12 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP_FLAGS ?=
 DEMO_OUT ?= runs/demo
+DOCS_OUT ?= build/site
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspfx-installed
 
-.PHONY: test check demo coverage format clean
+.PHONY: test check demo coverage docs format clean
 
 test: check
 
@@ -29,6 +31,10 @@ demo: $(STAMP)
 coverage: $(STAMP)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[zoo]"
 	$(BIN)/python tools/coverage_table.py --again
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(abspath $(DOCS_OUT))
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
