@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dspfx.config import Budget, GateConfig, Inputs
 from dspfx.errors import BudgetError, ConfigError, DspfxError, InputError, ModelError, TraceError
-from dspfx.graph.traced import TracedModule
+from dspfx.graph.traced import TracedModule, network_meta
 from dspfx.modules import GatedConv2d
 from dspfx.pipeline import lower, prepare, prune
 from dspfx.selfcheck import selfcheck
@@ -284,3 +284,13 @@ def test_a_network_that_was_cast_is_pruned_and_lowered_in_its_new_type(dtype: to
         expected, found = gm.eval()(*inputs), small(*inputs)
     assert found.dtype == dtype
     assert error([expected], [found]) <= allowed
+
+
+def test_one_image_whose_last_maps_are_one_pixel() -> None:
+    """Batch norm refuses it in training; the graph of training is described with two."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 2), nn.BatchNorm2d(8))
+    gm = prepare(model, torch.randn(2, 3, 5, 5))
+    prune(gm, Budget(flops=0.5), example_inputs=torch.randn(1, 3, 5, 5))
+    assert network_meta(gm)["inputs"].args[0].shape == (1, 3, 5, 5)
+    image = torch.randn(1, 3, 5, 5)
+    assert torch.allclose(lower(gm, tune=None)(image), gm.eval()(image), atol=1e-6)

@@ -92,7 +92,7 @@ def test_wrong_fields_are_named() -> None:
         (
             LowerPlan,
             change(lowered, layers=[{"form": "round"}]),
-            "expected one of 'dense', 'branches', 'grouped', 'native', found 'round'",
+            "expected one of 'dense', 'branches', 'grouped', 'kernel', 'native', found 'round'",
         ),
         (GatePlan, change(gates, config={"groups": 0}), r"GateConfig\.groups is 0; give an integer .*"),
     ]

@@ -53,10 +53,16 @@ def example_image(names: Sequence[str], shape: tuple[int, ...] | None) -> torch.
 def random_inputs(
     names: Sequence[str], networks: Sequence[nn.Module], shape: tuple[int, ...] | None, batch: int | None
 ) -> Inputs:
-    """Random inputs as `example_image` says, with another batch where one is given; for the first of the networks."""
-    image = example_image(names, shape)
-    inputs = Inputs.of(image) if image is not None else network_meta(networks[0])["inputs"]
-    args, kwargs = realise(networks[0], with_samples(inputs, batch or samples(inputs)))
+    """Random inputs for the first of the networks: as asked for, else those that a file remembers, one sample of them
+    where there are named networks too, else an image for the first of these."""
+    metas = [network_meta(network) for name, network in zip(names, networks, strict=True) if Path(name).is_file()]
+    remembered = next((meta["inputs"] for meta in metas if "inputs" in meta), None)
+    if shape is None and remembered is not None:
+        inputs, usual = remembered, 1 if _known(names) else samples(remembered)
+    else:
+        inputs = Inputs.of(example_image(names, shape))
+        usual = samples(inputs)
+    args, kwargs = realise(networks[0], with_samples(inputs, batch or usual))
     return Inputs(*args, **kwargs)
 
 

@@ -16,6 +16,7 @@ from dspfx.config import Inputs
 from dspfx.errors import InputError
 from dspfx.graph.layers import evaluated
 from dspfx.graph.modes import evaluating
+from dspfx.graph.samples import samples, with_samples
 from dspfx.graph.traced import TracedModule, all_graphs
 
 _GUESSED_SIZES = (224, 32, 64, 28, 128, 299, 256, 512)
@@ -259,13 +260,21 @@ def _no_guess(model: nn.Module) -> InputError:
 def propagate(gm: TracedModule, inputs: Inputs) -> None:
     """Gives every node the value (`meta["val"]`, fake) it has on the described inputs, and remembers these."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for graph in all_graphs(gm):
+        try:
+            _Values(gm, graph=graph).run_on(mode, _flat(gm, inputs, mode))
+        except ValueError:  # in training, batch norm refuses one value a channel: one image on a 1x1 map
+            if samples(inputs) != 1:
+                raise
+            _Values(gm, graph=graph).run_on(mode, _flat(gm, with_samples(inputs, 2), mode))
+    gm.meta["inputs"] = inputs
+
+
+def _flat(gm: TracedModule, inputs: Inputs, mode: FakeTensorMode) -> list[Any]:
     args, kwargs = materialise(gm, inputs, mode)
     bound = inspect.signature(gm.forward).bind(*args, **kwargs)
     bound.apply_defaults()
-    flat = list(bound.arguments.values())
-    for graph in all_graphs(gm):
-        _Values(gm, graph=graph).run_on(mode, flat)
-    gm.meta["inputs"] = inputs
+    return list(bound.arguments.values())
 
 
 class _Values(fx.Interpreter):

@@ -119,10 +119,13 @@ def test_inputs_are_what_a_file_remembers_or_what_is_given(
     assert shapes("--input", "2,3,9,7", "--batch", "5") == ["5x3x9x7"]
 
 
-def test_inputs_of_named_networks_are_of_their_size(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    found = recorded(capsys, files["half"], "resnet20", "--batch", "3")["results"][0]
-    assert found["input"] == "3x3x32x32"
-    assert list(found["networks"]) == [str(files["half"]), "resnet20"]
+def test_beside_named_networks_a_file_says_the_size(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """What was trained at another size than its architecture is known for is timed, and exported, at its own."""
+    found = recorded(capsys, "resnet20", files["half"], "--batch", "3")["results"][0]
+    assert found["input"] == "3x3x12x12"
+    assert list(found["networks"]) == ["resnet20", str(files["half"])]
+    assert recorded(capsys, files["half"], "resnet20")["results"][0]["input"] == "1x3x12x12"
+    assert recorded(capsys, "resnet20")["results"][0]["input"] == "1x3x32x32"
 
 
 def test_inputs_that_are_no_images_are_made_up_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
