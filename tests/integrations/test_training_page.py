@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,15 @@ def assert_small(gm: Any, small: Any) -> None:
 def test_every_recipe_is_run() -> None:
     found = {title: len(blocks) for title, blocks in recipes().items() if blocks}
     loops = {"Plain PyTorch": 2, "Lightning": 1, "Accelerate": 1, "Hugging Face's Trainer": 1, "timm": 1}
-    assert found == loops | {"Recipes": 3}
+    assert found == loops | {"Watching it": 1, "Recipes": 3}
+
+
+def test_watching(user: dict[str, Any]) -> None:
+    names = follow_page("Watching it", user)
+    last = json.loads(Path("groups.jsonl").read_text().splitlines()[-1])
+    assert last["steps"] == loops.STEPS // 2 * 2
+    assert last["entropy"] > 0
+    assert names["learner"].steps == loops.STEPS
 
 
 def test_plain(user: dict[str, Any]) -> None:
