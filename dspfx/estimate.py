@@ -114,8 +114,10 @@ def estimate(
     faster, smaller ones are tried. What a trained network keeps differs, its time hardly: that depends on sizes.
 
     Args:
-        model, example_inputs: as for `prepare`; the batch of the example is what is timed.
-        runtime, threads: where it is to be fast, see `lower`.
+        model: as for `prepare`.
+        example_inputs: as for `prepare`; their batch is what is timed.
+        runtime: where it is to be fast, see `lower`.
+        threads: CPU threads of a call there.
         budget: one field; for a latency, the answer is how much of the FLOPs may stay.
         config: groups of the structures.
 

@@ -105,7 +105,8 @@ def prune(
             where it is known; or a function from a weight [O, C, *kernel] to energies [O, C], none negative.
         example_inputs: where the budget should count another input size than the one prepared with; a latency is that
             of their batch.
-        runtime, threads: where a latency is measured, see `lower`.
+        runtime: where a latency is measured, see `lower`.
+        threads: CPU threads of a call there.
         distributed: where torch.distributed is initialised, all ranks hold one network; False: each its own.
 
     Raises:

@@ -36,12 +36,14 @@ def export_openvino(
     it says of itself stands in the model's runtime information, under "dspfx".
 
     Args:
-        small, example_inputs, tolerance, verbose: as for `export_onnx`.
+        small: a lowered network, as for `export_onnx`.
+        example_inputs: as for `export_onnx`.
+        tolerance: as for `export_onnx`.
+        verbose: print the result.
         path: ends in .xml; the weights go beside it, into a file that ends in .bin.
         precision: "fp32", or "fp16" for weights stored in half the bytes; the device chooses what it computes in.
 
-    Raises:
-        As `export_onnx` does.
+    Raises what `export_onnx` raises.
     """
     version = need("export_openvino", ("onnx", "onnxscript", "openvino"), "openvino")
     if precision not in PRECISIONS:

@@ -34,11 +34,13 @@ def export_pt2(
     so nobody should call it on a file from elsewhere. What the file says of itself is its extra file "dspfx.json".
 
     Args:
-        small, example_inputs, tolerance, verbose: as for `export_onnx`.
+        small: a lowered network, as for `export_onnx`.
+        example_inputs: as for `export_onnx`.
+        tolerance: as for `export_onnx`.
+        verbose: print the result.
         path: ends in .pt2.
 
-    Raises:
-        As `export_onnx` does.
+    Raises what `export_onnx` raises.
     """
     subject = subject_of(small, example_inputs, "fp32")
     kind = f"torch.export file on torch {torch.__version__}"

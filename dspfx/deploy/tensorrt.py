@@ -54,7 +54,8 @@ def build_tensorrt(
         path: ends in .engine or .plan.
         precision: "fp32" (without TensorFloat32), "fp16", "bf16" or "int8"; by default "fp16" for a network. An ONNX
             file has its own, and another one is refused.
-        example_inputs, calibration: for a network, see `export_onnx`.
+        example_inputs: for a network, see `export_onnx`.
+        calibration: for a network, see `export_onnx`.
         batch: the smallest, the usual (what it is tuned for) and the largest batch.
         timing_cache: a file of measurements, used and added to, that makes the next build faster.
         workspace: bytes of scratch memory; all of the GPU's by default.

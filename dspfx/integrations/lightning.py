@@ -38,7 +38,10 @@ class GroupLearning(pl.Callback):
     Args:
         network: qualified name of the prepared network, where the LightningModule holds several; one callback each.
         total_steps: steps until the penalty has its full strength; by default all steps the Trainer will make.
-        strength, lr, start, seed: of `GroupLearner`.
+        strength: of `GroupLearner`, as all that follow.
+        lr: of the logits.
+        start: where the logits begin.
+        seed: of the noise.
 
     Raises, when `fit` begins:
         ConfigError: the Trainer does not know how many steps it will make, or the network is not determined.

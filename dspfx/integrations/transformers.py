@@ -41,7 +41,10 @@ class GroupLearning(TrainerCallback, ExportableState):
     Args:
         network: qualified name of the prepared network, where the model holds several; one callback in a Trainer.
         total_steps: steps until the penalty has its full strength; by default all steps the Trainer will make.
-        strength, lr, start, seed: of `GroupLearner`.
+        strength: of `GroupLearner`, as all that follow.
+        lr: of the logits.
+        start: where the logits begin.
+        seed: of the noise.
 
     Raises, when training begins, what `GroupLearner` and `find_prepared` raise.
     """
