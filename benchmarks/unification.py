@@ -35,7 +35,7 @@ COMMAND = """\
     OMP_NUM_THREADS=1 python -m benchmarks.unification --data DIR --checkpoints FOLDER --out runs/comparison \\
         --write docs/results/unification.md"""
 FLOPS = 0.40
-BITS = (8, 6, 5, 4, 3)
+BITS = (6, 5, 4, 3.5, 3, 2.5)
 QPS = (-38, -35, -32, -30, -28, -26, -24, -22, -20)
 WORTH = 0.002  # of validation accuracy, that fewer bits may cost
 ALL = dspfx.BlockConfig((4, 4), 0.0, 1.0)
@@ -216,6 +216,18 @@ def page(results: list[dict[str, Any]], settings: str) -> str:
                 "" if control is None or _is_control(r) else f"{100 * (control - chosen['test']):.2f}",
             )
         )
+    coded = [
+        (
+            r["network"],
+            r["arm"].get("coder", "ours"),
+            _setting(file["bits"]),
+            file["bytes"],
+            f"{file['validation']:.2%}",
+        )
+        for r in results
+        if not (r["arm"]["blocks"] or r["arm"]["palette"] or r["arm"]["with_dsp"])
+        for file in sorted(r["files"], key=lambda file: file["bytes"])
+    ]
     heads = [
         "network",
         "with",
@@ -239,8 +251,16 @@ def page(results: list[dict[str, Any]], settings: str) -> str:
             "after `learn` epochs, its values trained for `tune` epochs (deep compression, as in coremltools' "
             "palettisation), in the same file format.",
             tabulate(rows, heads, "github", disable_numparse=True),
+            "## Without training for it",
+            "The dense network (trained as long), written by `write_compressed(bits=)` and by NNCodec (ISO/IEC 15938-17, "
+            "with dependent quantisation and DeepCABAC); accuracy on validation images:",
+            tabulate(coded, ["network", "written by", "setting", "bytes", "validation"], "github"),
         ]
     )
+
+
+def _setting(bits: Any) -> str:
+    return "exact" if bits is None else bits if isinstance(bits, str) else f"{bits:g} bits"
 
 
 def _is_control(result: dict[str, Any]) -> bool:
