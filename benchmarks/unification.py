@@ -252,8 +252,8 @@ def page(results: list[dict[str, Any]], settings: str) -> str:
             "palettisation), in the same file format.",
             tabulate(rows, heads, "github", disable_numparse=True),
             "## Without training for it",
-            "The dense network (trained as long), written by `write_compressed(bits=)` and by NNCodec (ISO/IEC 15938-17, "
-            "with dependent quantisation and DeepCABAC); accuracy on validation images:",
+            "The dense network (trained as long), written by `write_compressed(bits=)` and by NNCodec (ISO/IEC "
+            "15938-17, with dependent quantisation and DeepCABAC); accuracy on validation images:",
             tabulate(coded, ["network", "written by", "setting", "bytes", "validation"], "github"),
         ]
     )

@@ -20,7 +20,7 @@ from dspfx.passes.plan_unify import choose_blocks, plan_unify, weights_to_unify
 from dspfx.passes.unify_blocks import classes_of, unify_blocks
 from dspfx.plans import UnifyPlan
 
-_STATE_VERSION = 2
+_STATE_VERSION = 2  # 1 had no "levels"
 _PULL = 16.0  # rho="auto": the sum of all pulls, were the learning rate constant; falling rates halve it
 _RAMP = 10.0  # rho grows from its tenth to its tenfold
 _MOST = 0.5  # of the way to its target that a weight is pulled in a step
@@ -150,10 +150,10 @@ class Unifier(Follower):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict()` was taken; raises, and changes nothing, where it is of another network."""
-        if state.get("version") != _STATE_VERSION:
+        if state.get("version") not in range(1, _STATE_VERSION + 1):
             raise StorageError(
-                f"The Unifier state has version {state.get('version')!r}, this dspfx reads {_STATE_VERSION}; load it "
-                "with the dspfx that wrote it."
+                f"The Unifier state has version {state.get('version')!r}, this dspfx reads up to {_STATE_VERSION}; load "
+                "it with the dspfx that wrote it."
             )
         if state["blocks"] != repr(self.config):
             raise MismatchError(
@@ -174,7 +174,7 @@ class Unifier(Follower):
             if plan is not None:
                 assert layer.signs is not None
                 layer.signs.copy_(held[layer.name])
-                layer.living, level = None, state["levels"].get(layer.name)
+                layer.living, level = None, state.get("levels", {}).get(layer.name)
                 layer.level = None if level is None else level.to(layer.weight.device, copy=True)
             else:
                 layer.dual.copy_(held[layer.name]["dual"])
