@@ -152,8 +152,8 @@ class Unifier(Follower):
         """Continues where `state_dict()` was taken; raises, and changes nothing, where it is of another network."""
         if state.get("version") not in range(1, _STATE_VERSION + 1):
             raise StorageError(
-                f"The Unifier state has version {state.get('version')!r}, this dspfx reads up to {_STATE_VERSION}; load "
-                "it with the dspfx that wrote it."
+                f"The Unifier state has version {state.get('version')!r}, this dspfx reads up to {_STATE_VERSION}; "
+                "load it with the dspfx that wrote it."
             )
         if state["blocks"] != repr(self.config):
             raise MismatchError(
