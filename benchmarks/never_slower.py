@@ -159,8 +159,8 @@ def page(rows: list[dict[str, Any]], title: str, command: str) -> str:
             f"{len(timed) - len(above)} cases at most {ALLOWED} of the faster of the two at once"
             + (f", {cleared} more chosen and timed anew in {AGAIN * ROUNDS} rounds" if cleared else "")
             + (f". Above it: {beyond}." if worst else ".")
-            + " On eager, a traced graph's Python takes 4 to 50 microseconds more than the module's own, which networks "
-            "of less than half a millisecond show."
+            + " On eager, a traced graph's Python takes 4 to 50 microseconds more than the module's own, which "
+            "networks of less than half a millisecond show."
             + (f" Rejected by the runtime in every form, dense included: {rejected}." if rejected else ""),
             tabulate(table, headers, "github", disable_numparse=True),
             f"Measured on: {'; '.join(sorted({row['setting'] for row in timed}))}.",
