@@ -49,6 +49,8 @@ class Stage:
         stage = self
 
         class Table:
+            device, dtype = torch.device("cpu"), torch.float32
+
             def __call__(self, case: FormCase) -> float:
                 return stage.clock(case)
 

@@ -37,7 +37,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_examples_in_the_help_are_commands() -> None:
-    text = f"{EPILOG}\n{compress.EXAMPLES}".replace("\\\n", " ")
+    text = re.sub(r"\\\n *", "", f"{EPILOG}\n{compress.EXAMPLES}")
     examples = [
         re.split(r" {3,}", line.strip())[0].split() for line in text.splitlines() if line.startswith("  dspfx ")
     ]

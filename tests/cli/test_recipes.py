@@ -75,6 +75,8 @@ def compare(a: Path, b: Path) -> list[str]:
                 files[name] = {"": file.metadata(), **{key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
         files["settings.json"] = {**json.loads(files["settings.json"]), "fork": None}
         files["results.json"]["arguments"]["fork"] = None
+        assert "compress" in files["results.json"].pop("command")  # it names the fork
+        assert b"<html" in files.pop("report.html")  # and so does the page
     return differences(*found)
 
 
