@@ -6,6 +6,7 @@ a step takes a block of channels, or of filters, from every group of a layer at 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from dspfx.method.importance import Fisher, group_energy, unit_share
 from dspfx.modules import GatedLayer
 
 Energy = Callable[[Tensor], Tensor] | Fisher
+PROTECTED = 0.1  # of the channels that a group may read, and of a layer's filters
 
 
 @dataclass(eq=False)
@@ -102,13 +104,18 @@ def _known_groups(module: GatedLayer, is_balanced: bool) -> Tensor | None:
 def _by_price(scores: Tensor, price: Tensor, unit: Tensor) -> Tensor:
     """Scores [..., n] in the order of what is lost for the work that is saved, the same scale in every layer.
 
-    What is gone (-inf) or stays (1) does so. Entries of a unit have its mean price.
+    What is gone (-inf) or stays (1) does so. Entries of a unit have its mean price. The dearest PROTECTED of a group,
+    or of the filters, go only once all others have gone everywhere: a loss that was measured one structure at a time
+    says nothing of a layer of which hardly any is left.
     """
     count = int(unit.max()) + 1 if len(unit) else 0
     alive = (scores > float("-inf")).to(price.dtype)
     sums, entries = (x.new_zeros(*x.shape[:-1], count).index_add_(-1, unit, x) for x in (price * alive, alive))
     mean = (sums / entries.clamp(min=1))[..., unit]
-    return torch.where((scores > float("-inf")) & (scores < 1), mean / (1 + mean), scores)
+    number = max(1, math.ceil(PROTECTED * mean.shape[-1]))
+    least = torch.where(alive > 0, mean, -1.0).topk(number, -1).values[..., -1:] if mean.shape[-1] else mean
+    priced = (mean / (1 + mean) + (mean >= least)) / 2
+    return torch.where((scores > float("-inf")) & (scores < 1), priced, scores)
 
 
 def _in_steps(
