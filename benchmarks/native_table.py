@@ -307,7 +307,7 @@ def page(networks: list[dict], layers: list[dict], threads: list[dict], command:
             tables[1],
             "Threads. *two separate layers at once*: as many times the work in the time of one thread, by two copies "
             "of the layer that share nothing, one on each core: what the machine allows. Where that is below 1.8, the "
-            "cores wait for the memory that they share; coarser and finer parts of a step were slower.",
+            "cores wait for what they share, and no division of the work helps.",
             tables[2],
             f"Measured on: {setting}; everything else with one thread.",
             f"Made by\n\n    OMP_NUM_THREADS=1 {command}\n",

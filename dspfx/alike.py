@@ -27,9 +27,7 @@ class AlikeWeight:
     signs: Tensor | None = None  # like the weight: its sign in unified blocks, else 0
     free: Tensor | None = None  # like the weight: 1 in free blocks, else 0
     living: Tensor | None = None  # by block: how many weights a sign has
-    level: Tensor | None = (
-        None  # int16 [weights]: which value it has: 1, 2, ... in unified blocks, -1, ... in free ones
-    )
+    level: Tensor | None = None  # int16 [weights]: its value's number, 1, ... in unified blocks, -1, ... in free ones
 
     def follow(self) -> None:
         """Goes where the network has gone since."""

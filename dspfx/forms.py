@@ -14,7 +14,8 @@ from torch import nn
 
 from dspfx.graph.layers import CONVS, TRANSPOSED
 from dspfx.grouped import PaddedGroupConv2d, pad_groups
-from dspfx.kernel_conv import KernelConv2d, has_kernel
+from dspfx.kernel_conv import KernelConv2d
+from dspfx.kernels.op import has_kernel
 from dspfx.modules import GroupConv2d
 from dspfx.plans import Group
 

@@ -6,6 +6,7 @@ import itertools
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -32,6 +33,15 @@ class Held:
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether an export or a trace looks on, or autocast changes types there: then plain layers shall run."""
+    return (
+        torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled(device.type)
+    )
 
 
 _living: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import ConfigError
-from dspfx.held import Held, handle_of, module_of
-from dspfx.kernels import triton_conv
-from dspfx.kernels.library import library_or_none
-from dspfx.kernels.op import group_conv2d
-from dspfx.kernels.structure import pack, window_count
+from dspfx.held import Held, handle_of, is_recorded, module_of
+from dspfx.kernels.op import group_conv2d, has_kernel
+from dspfx.kernels.structure import Structure, window_count
 from dspfx.modules import GroupConv2d
-
-_GPU_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class KernelConv2d(GroupConv2d):
@@ -60,29 +56,24 @@ class KernelConv2d(GroupConv2d):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
-        is_recorded = (
-            torch.compiler.is_exporting()
-            or torch._C._get_tracing_state() is not None
-            or torch.is_autocast_enabled(x.device.type)
-        )
-        return not is_recorded and has_kernel(x.device, x.dtype)
+        return not is_recorded(x.device) and has_kernel(x.device, x.dtype)
 
     @torch.no_grad()
     def _pack(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """(packed weight, bias, structure) of the branches."""
         convs = [branch for branch in self.branches if isinstance(branch, nn.Conv2d)]
         height, width = convs[0].kernel_size
-        weight = convs[0].weight.new_zeros(self.out_channels, self.in_channels, height, width)
-        bias = weight.new_zeros(self.out_channels)
+        structure = Structure(self.out_channels, self.in_channels, (height, width), self.groups).encode()
+        packed = torch.cat([conv.weight.flatten() for conv in convs])
+        if convs[0].bias is None:
+            return packed, None, structure
+        bias = packed.new_zeros(self.out_channels)
         for group, conv in zip(self.groups, convs, strict=True):
-            filters, channels = (torch.tensor(x, device=weight.device) for x in (group.filters, group.channels))
-            weight[filters[:, None], channels] = conv.weight
-            if conv.bias is not None:
-                bias[filters] = conv.bias
+            assert conv.bias is not None
+            bias[list(group.filters)] = conv.bias
         if self.rest_bias is not None:
             bias[list(self.rest)] = self.rest_bias
-        packed, structure = pack(weight, self.groups)
-        return packed, bias if convs[0].bias is not None else None, structure
+        return packed, bias, structure
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._held = self._packed = None  # tensors may get other memory, which no version tells
@@ -99,14 +90,6 @@ class KernelConv2d(GroupConv2d):
 def suits_kernel(conv: Any) -> bool:
     """Whether the kernels can pad as an nn.Conv2d does: with zeros, a number of them."""
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-
-
-@torch.compiler.assume_constant_result
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch.ops.dspfx.group_conv2d is more than its reference there."""
-    if device.type == "cuda":
-        return dtype in _GPU_TYPES and triton_conv.is_available()
-    return device.type == "cpu" and dtype == torch.float32 and library_or_none() is not None
 
 
 @torch.library.custom_op("dspfx::kernel_conv", mutates_args=())

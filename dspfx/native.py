@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from dspfx.errors import InputError
 from dspfx.graph.native_layers import Unsupported, floats
 from dspfx.graph.to_chain import chain_of
-from dspfx.held import Held, handle_of, module_of
+from dspfx.held import Held, handle_of, is_recorded, module_of
 from dspfx.kernels.chain import Chain, Shape
 from dspfx.kernels.engine import Engine
 from dspfx.kernels.library import library_or_none
+from dspfx.kernels.op import has_kernel
 from dspfx.kernels.tiles import conv_tiles
 
 
@@ -83,12 +84,7 @@ class NativeChain(nn.Module):
             own = self._held.tensors if self._held else self.plain.parameters()
             if any(t.requires_grad for t in (*inputs, *own)):
                 return False
-        is_recorded = (
-            torch.compiler.is_exporting()
-            or torch._C._get_tracing_state() is not None
-            or torch.is_autocast_enabled("cpu")
-        )
-        return not (is_recorded or self.training) and _has_kernels()
+        return not (is_recorded(_CPU) or self.training) and has_kernel(_CPU, torch.float32)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._engine = None  # tensors may get other memory, which no version tells
@@ -128,17 +124,13 @@ def with_chains(network: nn.Module, form: Callable[[NativeChain], nn.Module]) ->
     return twin
 
 
-@torch.compiler.assume_constant_result
-def _has_kernels() -> bool:
-    return library_or_none() is not None
-
-
 def image_shapes(inputs: Sequence[Tensor]) -> tuple[Shape, ...]:
     """Without the batch."""
     return tuple(tuple(int(n) for n in x.shape[1:]) for x in inputs)
 
 
 _PLAIN = (Tensor, nn.Parameter)  # no fake tensor, and no proxy
+_CPU = torch.device("cpu")
 
 
 @torch.library.custom_op("dspfx::native_chain", mutates_args=())

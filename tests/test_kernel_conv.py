@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +122,11 @@ def test_copies_are_their_own() -> None:
     network = module()
     with torch.no_grad():
         before = network(IMAGES)
-        for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
-            assert torch.equal(twin(IMAGES), before)
-            for p in twin.parameters():
-                p.mul_(2)
-            assert error([in_double(twin, IMAGES)], [twin(IMAGES)]) <= ROUNDING
+        twin = copy.deepcopy(network)
+        assert torch.equal(twin(IMAGES), before)
+        for p in twin.parameters():
+            p.mul_(2)
+        assert error([in_double(twin, IMAGES)], [twin(IMAGES)]) <= ROUNDING
         assert torch.equal(network(IMAGES), before)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,8 @@ def show(args: argparse.Namespace, settings: Settings, machine: Machine) -> None
     example = next(data.val.in_order(2))[0]
     gm = dspfx.prepare(dense, example, settings.gates)
     coverage = dspfx.coverage(gm)
-    asked = replace(settings.budget, latency=None) if _is_counted(settings.budget) else None
-    rows = [
-        budget_row(dense, gm, budget, example)
-        for budget in (*filter(None, [asked]), *(Budget(flops=share) for share in SHARES))
-    ]
+    budgets = dict.fromkeys([*filter(None, [settings.counted]), *(Budget(flops=share) for share in SHARES)])
+    rows = [budget_row(dense, gm, budget, example) for budget in budgets]
     seconds = step_seconds(dense, data, settings)
     epochs = training_epochs(settings)
     steps = len(data.train) // settings.recipe.batch_size
@@ -115,10 +112,6 @@ def training_epochs(settings: Settings) -> int:
     stages += settings.unifying() if settings.epochs.unify else []
     stages += [settings.stage("control")] if settings.dense_control else []
     return sum(stage.epochs for stage in stages)
-
-
-def _is_counted(budget: Budget) -> bool:
-    return budget.flops is not None or budget.params is not None
 
 
 def _shown(row: dict[str, Any]) -> tuple[str, ...]:

@@ -104,8 +104,13 @@ class Settings:
     @property
     def steered_by(self) -> Budget | None:
         """What the strength is steered by: of the budget, what is counted and not measured."""
-        counted = self.budget.flops is not None or self.budget.params is not None
-        return replace(self.budget, latency=None) if counted and self.strength == "steered" else None
+        return self.counted if self.strength == "steered" else None
+
+    @property
+    def counted(self) -> Budget | None:
+        """Of the budget what is counted and not measured, if anything."""
+        is_counted = self.budget.flops is not None or self.budget.params is not None
+        return replace(self.budget, latency=None) if is_counted else None
 
     @property
     def is_dense_trained(self) -> bool:

@@ -16,6 +16,8 @@ from dspfx.kernels.engine import Engine
 from dspfx.kernels.library import library_or_none
 from dspfx.kernels.structure import Structure, check_call, check_fit, reference, unpack, window_count
 
+_GPU_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def group_conv2d(
     input: Tensor,
@@ -43,6 +45,14 @@ def group_conv2d(
     return found
 
 
+@torch.compiler.assume_constant_result
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there the operation, and what is made of it, is more than its reference."""
+    if device.type == "cuda":
+        return dtype in _GPU_TYPES and triton_conv.is_available()
+    return device.type == "cpu" and dtype == torch.float32 and library_or_none() is not None
+
+
 @torch.library.custom_op("dspfx::group_conv2d", mutates_args=())
 def _group_conv2d(
     input: Tensor,
@@ -57,10 +67,11 @@ def _group_conv2d(
     activation: str,
 ) -> Tensor:
     """`size` is (O, kh, kw), which a structure that is traced cannot be asked for."""
-    if input.is_cuda and triton_conv.is_available():
+    has_own = has_kernel(input.device, input.dtype)
+    if has_own and input.is_cuda:
         return triton_conv.group_conv2d(input, packed, bias, structure, stride, padding, dilation, residual, activation)
     arguments = (input, packed, bias, structure, stride, padding, dilation, residual, activation)
-    if input.device.type == "cpu" and input.dtype == torch.float32 and library_or_none() is not None:
+    if has_own:
         return _native(size, *arguments)
     return reference(*arguments)
 

@@ -49,9 +49,8 @@ def entropy_levels(sample: Sample, slope: float) -> tuple[Floats, Floats]:
     low, high = sample.values[[0, -1]]
     if low == high:
         return sample.values[:1], sample.values[:0]
-    step = max(
-        math.sqrt(6 * slope / (sample.weight * math.log(2))), (high - low) / (MOST - 2)
-    )  # the best one at high rates
+    best = math.sqrt(6 * slope / (sample.weight * math.log(2)))  # at high rates
+    step = max(best, (high - low) / (MOST - 2))
     levels = step * np.arange(math.floor(low / step + 0.5), math.floor(high / step + 0.5) + 1)
     edges = (levels[1:] + levels[:-1]) / 2
     for _ in range(_ROUNDS):
@@ -61,9 +60,8 @@ def entropy_levels(sample: Sample, slope: float) -> tuple[Floats, Floats]:
         levels, number = cells[1] / cells[0], number[number > 0]
         bits = -np.log2(number / total)
         gaps = np.maximum(np.diff(levels), np.finfo(np.float64).tiny)
-        moved = np.maximum.accumulate(
-            (levels[1:] + levels[:-1]) / 2 + slope * np.diff(bits) / (2 * sample.weight * gaps)
-        )
+        shifts = slope * np.diff(bits) / (2 * sample.weight * gaps)
+        moved = np.maximum.accumulate((levels[1:] + levels[:-1]) / 2 + shifts)
         if np.array_equal(moved, edges):
             break
         edges = moved
